@@ -1,0 +1,185 @@
+/**
+ * The browser's side of Latchkey. Copy this file; it needs nothing else.
+ *
+ *     import { createAuth } from './auth.js';
+ *
+ *     const auth = createAuth({ baseURL: 'https://api.example.com' });
+ *     auth.onchange((user) => render(user));     // {id, email} or null, in every tab
+ *     await auth.resume();                       // still logged in from last time?
+ *     await auth.login(email, password);
+ *     const res = await auth.fetch('/auth/me');  // fetch with the token, refreshed when that is due
+ *
+ * The access token is kept in memory and nowhere else: what is in storage, any injected script can take away. The refresh
+ * token is an HttpOnly cookie, which no script sees. It works once, so all callers in all tabs share one refresh: a Web
+ * Lock lets one tab do it, and a BroadcastChannel hands the others what it got. (Web Locks need https or localhost.)
+ */
+
+/**
+ * What the server, or the way to it, had against a request: switch on `code`, show `message`, put `details` (field name
+ * to message) next to the fields, and wait `retryAfter` seconds if it is not 0. `code` is `network` and `status` 0 where
+ * no answer came, which is also all that a script is told when CORS refuses its origin.
+ */
+export class AuthError extends Error {
+  constructor({ error = 'The server cannot be reached', code = 'network', details = {}, requestId }, response) {
+    super(error);
+    this.name = 'AuthError';
+    this.status = response?.status ?? 0;
+    this.code = code;
+    this.details = details;
+    this.requestId = requestId;
+    this.retryAfter = Number(response?.headers.get('Retry-After') ?? 0);
+  }
+}
+
+/** The claims of a JWT. Only the server can verify them; here they only say who is logged in and for how long. */
+function claimsOf(token) {
+  const base64 = token.split('.')[1].replaceAll('-', '+').replaceAll('_', '/');
+  return JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(base64), (char) => char.charCodeAt(0))));
+}
+
+/**
+ * A client for the Latchkey server at `baseURL`. All its methods but `onchange` return promises, which reject with an
+ * AuthError. One client per page is enough.
+ */
+export function createAuth({ baseURL }) {
+  const base = new URL(baseURL);
+  const lock = `latchkey ${base.origin}`;
+  const tabs = new BroadcastChannel(lock);
+  const listeners = new Set();
+  let token = null; // the access token
+  let claims = null; // what it says
+  let due = 0; // when to refresh it
+  let refreshing = null; // the refresh in flight, which all callers of this tab await
+
+  /** Takes over a new access token, or null for logged out. */
+  function adopt(next) {
+    const before = claims?.userId;
+    token = next;
+    claims = next && claimsOf(next);
+    // At nine tenths of its life, counted from now: the clocks of browser and server need not agree.
+    due = claims ? Date.now() + (claims.exp - claims.iat) * 900 : 0;
+    if (claims?.userId !== before) listeners.forEach((listener) => listener(user()));
+  }
+
+  /** Does the same in the other tabs, which share the cookie and so the session. */
+  function announce(next) {
+    adopt(next);
+    tabs.postMessage(next);
+  }
+  tabs.onmessage = (event) => adopt(event.data);
+
+  const user = () => claims && { id: claims.userId, email: claims.email };
+
+  /** Whatever changes the cookie holds this lock, so that no answer overtakes another one's cookie. */
+  const locked = (work) => navigator.locks.request(lock, work);
+
+  const open = (path, init) => fetch(new URL(path, base), { ...init, credentials: 'include' });
+
+  /** JSON there and back through `send`; any answer but 2xx becomes an AuthError. */
+  async function json(send, method, path, body, headers = {}) {
+    const init = { method, headers, signal: AbortSignal.timeout(15_000) }; // a hanging request must not keep the lock
+    if (body) {
+      init.body = JSON.stringify(body);
+      init.headers = { ...headers, 'Content-Type': 'application/json' };
+    }
+    const response = await send(path, init).catch((error) => {
+      throw error instanceof AuthError ? error : new AuthError({});
+    });
+    if (response.ok) return response.json();
+    throw new AuthError(await response.json().catch(() => ({ error: `HTTP ${response.status}`, code: 'unknown' })), response);
+  }
+
+  /** Exchanges the refresh cookie, unless the token in hand is no longer `stale`: then another tab has just done it. */
+  function refresh(stale) {
+    refreshing ??= locked(async () => {
+      if (token !== stale) return;
+      const exchange = () => json(open, 'POST', '/auth/refresh');
+      try {
+        const { accessToken } = await exchange().catch((error) => {
+          if (error.code !== 'refresh_reused') throw error;
+          return exchange(); // a race was lost to someone without the lock, and the cookie is the new one by now
+        });
+        announce(accessToken);
+      } catch (error) {
+        if (error.status === 401 && token === stale) adopt(null);
+        throw error;
+      }
+    }).finally(() => { refreshing = null; });
+    return refreshing;
+  }
+
+  /**
+   * `fetch` with the access token, for paths of the server. Refreshes before the token runs out, and when the server
+   * refuses it; `init.body` may have to be sent twice, so it must not be a stream. Rejects if nobody is logged in.
+   */
+  async function authFetch(path, init = {}) {
+    const url = new URL(path, base);
+    if (url.origin !== base.origin) throw new TypeError(`auth.fetch sends the token to ${base.origin} only`);
+    if (Date.now() >= due) await refresh(token);
+    const send = () => {
+      const headers = new Headers(init.headers);
+      headers.set('Authorization', `Bearer ${token}`);
+      return open(url, { ...init, headers });
+    };
+    const used = token;
+    const response = await send();
+    if (response.status !== 401) return response;
+    const { code } = await response.clone().json().catch(() => ({}));
+    // A revoked session may be an older one: if the cookie is of a newer login, the refresh carries on with that.
+    if (!['token_expired', 'invalid_token', 'session_revoked'].includes(code)) return response;
+    await refresh(used);
+    return send();
+  }
+
+  const call = (method, path, body) => json(authFetch, method, path, body);
+
+  const enter = (path) => (email, password) => locked(async () => {
+    const { user, accessToken } = await json(open, 'POST', path, { email, password });
+    announce(accessToken);
+    return user;
+  });
+
+  return {
+    /** Who is logged in: `{id, email}`, or null. */
+    get user() { return user(); },
+    /** Calls `listener(user)` whenever someone logs in or out, in this tab or another; returns what ends that. */
+    onchange(listener) {
+      listeners.add(listener);
+      return () => listeners.delete(listener);
+    },
+    /** Takes up the session of the refresh cookie, if there is one: call it when the page loads. */
+    async resume() {
+      await refresh(token).catch((error) => { if (error.status !== 401) throw error; });
+      return user();
+    },
+    signup: enter('/auth/signup'),
+    login: enter('/auth/login'),
+    /** Ends this session. Rejects if the server cannot be asked, for then the cookie is still there. */
+    logout: () => locked(async () => {
+      const headers = token ? { Authorization: `Bearer ${token}` } : {};
+      await json(open, 'POST', '/auth/logout', null, headers).catch((error) => {
+        if (error.status !== 401) throw error; // 401: it was over already
+      });
+      announce(null);
+    }),
+    fetch: authFetch,
+    me: async () => (await call('GET', '/auth/me')).user,
+    sessions: async () => (await call('GET', '/auth/sessions')).sessions,
+    async revokeSession(id) {
+      const own = id === claims?.sid;
+      await call('DELETE', `/auth/sessions/${encodeURIComponent(id)}`);
+      if (own) announce(null);
+    },
+    /** Logs out everywhere, here too. */
+    async revokeAll() {
+      await call('DELETE', '/auth/sessions');
+      announce(null);
+    },
+    /** Ends every other session; this one goes on. */
+    changePassword: (currentPassword, newPassword) => call('PUT', '/auth/password', { currentPassword, newPassword }),
+    async deleteAccount(password) {
+      await call('DELETE', '/auth/me', { password });
+      announce(null);
+    },
+  };
+}

@@ -1,0 +1,629 @@
+// Latchkey is an auth server: signup, login, refresh with rotation, logout, sessions and password change over
+// HTTP, with users in PostgreSQL and sessions in Redis.
+//
+// # Map
+//
+//	main.go        configuration, wiring, routes, subcommands, shutdown
+//	middleware.go  what every request passes; errors become responses here and nowhere else
+//	auth.go        the handlers: what they decide; password hashing
+//	jwt.go         HS256 tokens and strict JSON: pure functions
+//	store.go       users in PostgreSQL, sessions in Redis, the migrations of schema.sql
+//	ratelimit.go   limits on requests per IP and on failed logins, counted in Redis
+//
+// A request passes identify, observe, cors, rateLimit, the mux, refuseCrossOrigin and, where the route is an
+// account's, requireAuth. Its handler decodes, decides, and asks the store; any error it returns is written by
+// writeError. Calls go from main to auth to store, jwt and ratelimit, never back.
+//
+// # Tokens and sessions
+//
+// A session is a Redis hash that names the one refresh token it honours. A refresh exchanges that token for
+// the next in one Lua script, so of any number of simultaneous ones a single one wins, on any number of
+// replicas. An exchanged token shown again is a race within the leeway, and theft after it, which ends the session.
+// Every access token names its session and is refused once that is gone, so a logout takes effect at once.
+// Only deleting makes a session end and only a login makes one, so no race brings back a revoked one.
+//
+// A session remembers a digest of the password hash it was opened with. A refresh under another hash ends it:
+// a password changed by any means, plain SQL among them, shuts out whoever held the old one.
+//
+// # Threats
+//
+//	guessing        bcrypt, a limit per account and IP and per account, no common passwords
+//	enumeration     login answers the same in the same time for unknown and known (signup must tell)
+//	stolen refresh  rotation, reuse detection, HttpOnly, SameSite, Path=/auth
+//	forged token    one algorithm, one header, one spelling; signature before anything is parsed
+//	CSRF            SameSite, and Origin and Sec-Fetch-Site are checked
+//	floods          per-IP limit in Redis; hashing in as many slots as processors; everything is bounded
+//	outage          a store that does not answer means 503, never a request let through unchecked
+//
+// Not covered: a stolen access token works until its session ends or it expires; who controls Redis or
+// the database controls the sessions.
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/signal"
+	"path"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// run carries out the subcommand until it is done or ctx ends.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	env := &environment{getenv: getenv, dev: getenv("NODE_ENV") == "development"}
+	command := strings.Join(args, " ")
+	switch command {
+	case "", "serve":
+		cfg := env.config()
+		if err := errors.Join(env.faults...); err != nil {
+			return err
+		}
+		return serve(ctx, cfg, stdout)
+	case "migrate", "migrate status":
+		database := env.database()
+		if err := errors.Join(env.faults...); err != nil {
+			return err
+		}
+		steps, err := migrateDatabase(ctx, database, command == "migrate")
+		for _, step := range steps {
+			applied := "pending"
+			if !step.AppliedAt.IsZero() {
+				applied = step.AppliedAt.UTC().Format(time.RFC3339)
+			}
+			fmt.Fprintf(stdout, "%s  %-20s  %s\n", step.Version, applied, step.Name)
+		}
+		return err
+	case "healthcheck":
+		port := env.port()
+		if err := errors.Join(env.faults...); err != nil {
+			return err
+		}
+		return healthcheck(ctx, port)
+	case "version":
+		build, _ := debug.ReadBuildInfo()
+		fmt.Fprintln(stdout, "latchkey", build.Main.Version, build.GoVersion)
+		return nil
+	}
+	fmt.Fprintln(stderr, "usage: latchkey [serve | migrate | migrate status | healthcheck | version]")
+	return fmt.Errorf("unknown command %q", command)
+}
+
+// healthcheck asks the server on this host whether it is ready.
+func healthcheck(ctx context.Context, port int) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/readyz", port), nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("not ready: %s", resp.Status)
+	}
+	return nil
+}
+
+// migrateDatabase connects and applies the migrations, or only looks at them.
+func migrateDatabase(ctx context.Context, database *pgxpool.Config, apply bool) ([]migration, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	conn, err := pgx.ConnectConfig(ctx, database.ConnConfig)
+	if err != nil {
+		return nil, fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	return migrate(ctx, conn, schemaSQL, apply)
+}
+
+// processors is how many the process may use. The Go scheduler lets a hashing goroutine keep its processor for
+// 10 ms; with twice as many threads the kernel shares the real ones out, and favours whoever waited.
+var processors = sync.OnceValue(func() int {
+	n := runtime.GOMAXPROCS(0)
+	runtime.GOMAXPROCS(2 * n)
+	return n
+})
+
+// serve migrates, then serves until ctx ends, then drains: /readyz says so first, requests in flight end, and
+// the pools close last.
+func serve(ctx context.Context, cfg config, stdout io.Writer) error {
+	log := newLogger(cfg, stdout)
+	redis.SetLogger(redisLogger{log})
+	if cfg.randomSecrets {
+		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET not set: random ones, sessions end with this process")
+	}
+	if _, err := migrateDatabase(ctx, cfg.database, true); err != nil {
+		return err
+	}
+	db, err := pgxpool.NewWithConfig(context.WithoutCancel(ctx), cfg.database)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	rdb := once{redis.NewUniversalClient(cfg.redis)}
+	defer rdb.Close()
+	m, draining := newMetrics(), new(atomic.Bool)
+	handler, err := newHandler(cfg, log, m, db, rdb, draining)
+	if err != nil {
+		return err
+	}
+	server := newServer(handler, log)
+	listener, err := net.Listen("tcp", ":"+strconv.Itoa(cfg.port))
+	if err != nil {
+		return fmt.Errorf("PORT: %v", err)
+	}
+	failed := make(chan error, 2)
+	go func() { failed <- server.Serve(listener) }()
+	if cfg.metricsAddr != "" {
+		metricsListener, err := net.Listen("tcp", cfg.metricsAddr)
+		if err != nil {
+			return errors.Join(fmt.Errorf("METRICS_ADDR: %v", err), server.Close())
+		}
+		metricsServer := newServer(metricsHandler(m), log)
+		go func() { failed <- metricsServer.Serve(metricsListener) }()
+		defer metricsServer.Close()
+		log.Info("metrics", "addr", metricsListener.Addr().String())
+	}
+	log.Info("listening", "addr", listener.Addr().String(), "env", cfg.env)
+
+	select {
+	case err := <-failed:
+		return errors.Join(err, server.Close())
+	case <-ctx.Done():
+	}
+	log.Info("shutting down")
+	draining.Store(true)
+	time.Sleep(cfg.shutdownTimeout / 10) // load balancers see /readyz fail and send no more
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout*9/10)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		return errors.Join(fmt.Errorf("requests cut off after SHUTDOWN_TIMEOUT: %v", err), server.Close())
+	}
+	return nil
+}
+
+func newServer(handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:                      handler,
+		DisableGeneralOptionsHandler: true, // "OPTIONS *" is answered like anything else
+		ReadHeaderTimeout:            5 * time.Second,
+		ReadTimeout:                  10 * time.Second,
+		WriteTimeout:                 30 * time.Second,
+		IdleTimeout:                  2 * time.Minute,
+		MaxHeaderBytes:               16 << 10,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+}
+
+// newLogger writes JSON lines, or text in development; times in UTC.
+func newLogger(cfg config, w io.Writer) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.TimeKey && len(groups) == 0 {
+			a.Value = slog.TimeValue(a.Value.Time().UTC())
+		}
+		return a
+	}}
+	if cfg.env == "development" {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// redisLogger puts what go-redis has to say into the log; what fails a request is logged with that anyway.
+type redisLogger struct{ log *slog.Logger }
+
+func (l redisLogger) Printf(ctx context.Context, format string, v ...any) {
+	l.log.DebugContext(ctx, "redis: "+fmt.Sprintf(format, v...))
+}
+
+// newHandler wires all parts and lists all routes.
+func newHandler(cfg config, log *slog.Logger, m *metrics, db *pgxpool.Pool, rdb once, draining *atomic.Bool) (http.Handler, error) {
+	st, err1 := newStore(db, rdb, cfg.policy)
+	requests, err2 := newLimiter(rdb, cfg.rateMax, cfg.rateWindow)
+	logins, err3 := newLimiter(rdb, cfg.loginMax, cfg.loginWindow)
+	hash, err4 := newHasher(processors(), cfg.bcryptCost)
+	sameOrigin, err5 := refuseCrossOrigin(cfg.origins)
+	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
+		return nil, err
+	}
+	a := &auth{store: st, logins: logins, hasher: hash, access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL,
+		secureCookie: cfg.env != "development", sameSite: cfg.sameSite, metrics: m, log: log}
+	addGauges(m, hash, db, rdb)
+
+	mux, methods := http.NewServeMux(), map[string][]string{}
+	route := func(method, path string, h http.Handler) {
+		mux.Handle(method+" "+path, noteRoute(sameOrigin(h)))
+		methods[path] = append(methods[path], method)
+	}
+	route("POST", "/auth/signup", handle(a.signup))
+	route("POST", "/auth/login", handle(a.login))
+	route("POST", "/auth/refresh", handle(a.refreshTokens))
+	route("POST", "/auth/logout", handle(a.logout))
+	route("GET", "/auth/me", a.requireAuth(a.me))
+	route("DELETE", "/auth/me", a.requireAuth(a.deleteAccount))
+	route("GET", "/auth/sessions", a.requireAuth(a.listSessions))
+	route("DELETE", "/auth/sessions", a.requireAuth(a.revokeSessions))
+	route("DELETE", "/auth/sessions/{id}", a.requireAuth(a.revokeSession))
+	route("PUT", "/auth/password", a.requireAuth(a.changePassword))
+	route("GET", "/healthz", http.HandlerFunc(healthy))
+	route("GET", "/readyz", readiness(st, draining))
+	for path, allowed := range methods {
+		mux.Handle(path, noteRoute(methodNotAllowed(allowed)))
+	}
+	mux.Handle("/", handle(func(http.ResponseWriter, *http.Request) error { return fail("not_found") }))
+
+	var h http.Handler = pathAsWritten(mux)
+	for _, wrap := range []func(http.Handler) http.Handler{ // the last one is the outermost
+		rateLimit(requests, m), cors(cfg.origins), observe(log, m), identify(cfg.trustedProxies)} {
+		h = wrap(h)
+	}
+	return h, nil
+}
+
+// noteRoute notes the pattern that the mux matched, for the log.
+func noteRoute(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		aboutRequest(r).route = r.Pattern
+		next.ServeHTTP(w, r)
+	})
+}
+
+// pathAsWritten answers 404 where the mux would redirect to another spelling of the path, or accept one.
+func pathAsWritten(mux *http.ServeMux) http.Handler {
+	return handle(func(w http.ResponseWriter, r *http.Request) error {
+		if r.URL.Path == "" || r.URL.RawPath != "" || r.URL.Path != path.Clean(r.URL.Path) {
+			return fail("not_found")
+		}
+		mux.ServeHTTP(w, r)
+		return nil
+	})
+}
+
+// methodNotAllowed answers 405 for a path that other methods have (RFC 9110 section 15.5.6).
+func methodNotAllowed(methods []string) http.Handler {
+	if slices.Contains(methods, "GET") {
+		methods = append(methods, "HEAD")
+	}
+	slices.Sort(methods)
+	allow := strings.Join(methods, ", ")
+	return handle(func(w http.ResponseWriter, r *http.Request) error {
+		w.Header().Set("Allow", allow)
+		return fail("method_not_allowed")
+	})
+}
+
+func healthy(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+}
+
+// readiness answers whether both stores do, and whether the process means to stay.
+func readiness(s *store, draining *atomic.Bool) http.HandlerFunc {
+	word := map[bool]string{true: "ok", false: "unavailable"}
+	return func(w http.ResponseWriter, r *http.Request) {
+		postgresErr, redisErr := s.ready(r.Context())
+		status, ready := http.StatusOK, postgresErr == nil && redisErr == nil && !draining.Load()
+		if !ready {
+			status = http.StatusServiceUnavailable
+			w.Header().Set("Retry-After", "1")
+			aboutRequest(r).err = &apiError{code: "unavailable", cause: errors.Join(postgresErr, redisErr)}
+		}
+		writeJSON(w, status, struct {
+			Status   string `json:"status"`
+			Postgres string `json:"postgres"`
+			Redis    string `json:"redis"`
+		}{word[ready], word[postgresErr == nil], word[redisErr == nil]})
+	}
+}
+
+func metricsHandler(m *metrics) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		m.write(w)
+	})
+	return mux
+}
+
+// addGauges registers what is read when it is asked for.
+func addGauges(m *metrics, h *hasher, db *pgxpool.Pool, rdb once) {
+	number := func(n int) float64 { return float64(n) }
+	maps.Copy(m.gauges, map[string]func() float64{
+		"latchkey_hashing_slots":         func() float64 { return number(cap(h.slots)) },
+		"latchkey_hashing_slots_in_use":  func() float64 { return number(len(h.slots)) },
+		"latchkey_hashing_waiting":       func() float64 { return float64(h.waiting.Load()) },
+		"latchkey_hashing_refused_total": func() float64 { return float64(h.refused.Load()) },
+
+		"latchkey_postgres_connections_max":             func() float64 { return float64(db.Stat().MaxConns()) },
+		`latchkey_postgres_connections{state="idle"}`:   func() float64 { return float64(db.Stat().IdleConns()) },
+		`latchkey_postgres_connections{state="in_use"}`: func() float64 { return float64(db.Stat().AcquiredConns()) },
+		"latchkey_postgres_waits_total":                 func() float64 { return float64(db.Stat().EmptyAcquireCount()) },
+		`latchkey_redis_connections{state="idle"}`:      func() float64 { return float64(rdb.PoolStats().IdleConns) },
+		`latchkey_redis_connections{state="in_use"}`:    func() float64 { return float64(rdb.PoolStats().TotalConns) - float64(rdb.PoolStats().IdleConns) },
+		"latchkey_redis_timeouts_total":                 func() float64 { return float64(rdb.PoolStats().Timeouts) },
+
+		"go_goroutines":                func() float64 { return number(runtime.NumGoroutine()) },
+		"go_gomaxprocs":                func() float64 { return number(runtime.GOMAXPROCS(0)) },
+		"go_memstats_heap_alloc_bytes": heapBytes,
+	})
+}
+
+func heapBytes() float64 {
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	return float64(stats.HeapAlloc)
+}
+
+// ---- configuration
+
+// config is what the environment says, checked.
+type config struct {
+	env                   string
+	port                  int
+	database              *pgxpool.Config
+	redis                 *redis.UniversalOptions
+	origins               []string
+	access, refresh       keys
+	randomSecrets         bool
+	accessTTL             time.Duration
+	policy                policy
+	rateMax, rateWindow   int
+	loginMax, loginWindow int
+	sameSite              http.SameSite
+	trustedProxies        []netip.Prefix
+	bcryptCost            int
+	metricsAddr           string
+	logLevel              slog.Level
+	shutdownTimeout       time.Duration
+}
+
+// environment reads variables and collects all their faults, each with the variable's name and never with
+// its value: it may be a secret.
+type environment struct {
+	getenv func(string) string
+	dev    bool
+	faults []error
+}
+
+func (e *environment) fault(name, format string, args ...any) {
+	e.faults = append(e.faults, fmt.Errorf(name+": "+format, args...))
+}
+
+// text returns a variable; empty is as good as unset.
+func (e *environment) text(name, fallback string) string {
+	return cmp.Or(e.getenv(name), fallback)
+}
+
+// required returns a variable that only development has a default for.
+func (e *environment) required(name, devDefault string) string {
+	value := e.getenv(name)
+	if value == "" && e.dev {
+		return devDefault
+	}
+	if value == "" {
+		e.fault(name, "is required")
+	}
+	return value
+}
+
+// integer reads a number from low to high.
+func (e *environment) integer(name, value string, low, high int) int {
+	n, err := strconv.Atoi(value)
+	if value != "" && (err != nil || n < low || n > high) {
+		e.fault(name, "must be a whole number from %d to %d", low, high)
+	}
+	return n
+}
+
+// duration reads a Go duration of at least low.
+func (e *environment) duration(name, fallback string, low, step time.Duration) time.Duration {
+	d, err := time.ParseDuration(e.text(name, fallback))
+	if err != nil || d < low || d%step != 0 {
+		e.fault(name, "must be a duration such as %s, at least %v and in steps of %v", fallback, low, step)
+	}
+	return d
+}
+
+// config reads all variables.
+func (e *environment) config() config {
+	c := config{
+		env:             e.text("NODE_ENV", "production"),
+		port:            e.port(),
+		database:        e.database(),
+		redis:           e.redis(),
+		origins:         e.origins(),
+		accessTTL:       e.duration("ACCESS_TOKEN_TTL", "15m", time.Second, time.Second),
+		rateMax:         e.integer("RATE_LIMIT_MAX", e.text("RATE_LIMIT_MAX", "100"), 0, math.MaxInt32),
+		rateWindow:      e.integer("RATE_LIMIT_WINDOW", e.text("RATE_LIMIT_WINDOW", "60"), 1, math.MaxInt32),
+		loginMax:        e.integer("LOGIN_LIMIT_MAX", e.text("LOGIN_LIMIT_MAX", "10"), 0, math.MaxInt32),
+		loginWindow:     e.integer("LOGIN_LIMIT_WINDOW", e.text("LOGIN_LIMIT_WINDOW", "900"), 1, math.MaxInt32),
+		trustedProxies:  e.trustedProxies(),
+		metricsAddr:     e.text("METRICS_ADDR", ""),
+		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, 1),
+	}
+	if !slices.Contains([]string{"development", "staging", "production"}, c.env) {
+		e.fault("NODE_ENV", "must be development, staging or production")
+	}
+	e.secrets(&c)
+	c.policy = policy{
+		refreshTTL: e.duration("REFRESH_TOKEN_TTL", "168h", time.Second, time.Second),
+		sessionTTL: e.duration("SESSION_MAX_TTL", "720h", time.Second, time.Second),
+		leeway:     e.duration("REFRESH_REUSE_LEEWAY", "10s", 0, time.Millisecond),
+		resend:     e.oneOf("REFRESH_REUSE_POLICY", "refuse", "resend") == "resend",
+	}
+	sameSite := e.oneOf("COOKIE_SAMESITE", "strict", "lax", "none")
+	c.sameSite = map[string]http.SameSite{"strict": http.SameSiteStrictMode, "lax": http.SameSiteLaxMode, "none": http.SameSiteNoneMode}[sameSite]
+	if sameSite == "none" && e.dev {
+		e.fault("COOKIE_SAMESITE", "none needs a secure cookie, which development does not set")
+	}
+	lowest := 12
+	if e.dev {
+		lowest = 4
+	}
+	c.bcryptCost = e.integer("BCRYPT_COST", e.text("BCRYPT_COST", "12"), lowest, 16)
+	if _, _, err := net.SplitHostPort(c.metricsAddr); c.metricsAddr != "" && err != nil {
+		e.fault("METRICS_ADDR", "must be host:port")
+	}
+	if err := c.logLevel.UnmarshalText([]byte(e.text("LOG_LEVEL", "info"))); err != nil {
+		e.fault("LOG_LEVEL", "must be debug, info, warn or error")
+	}
+	return c
+}
+
+// oneOf reads a word of a list; the first is the default.
+func (e *environment) oneOf(name string, words ...string) string {
+	word := e.text(name, words[0])
+	if !slices.Contains(words, word) {
+		e.fault(name, "must be one of %s", strings.Join(words, ", "))
+	}
+	return word
+}
+
+func (e *environment) port() int {
+	return e.integer("PORT", e.required("PORT", "3000"), 0, 65535)
+}
+
+// database reads DATABASE_URL and DB_POOL_SIZE. Sessions run in UTC, so that an adopted table's times without
+// a zone are read, and written, as UTC.
+func (e *environment) database() *pgxpool.Config {
+	raw := e.required("DATABASE_URL", "postgres://localhost:5432/postgres")
+	size := e.integer("DB_POOL_SIZE", e.required("DB_POOL_SIZE", "10"), 1, math.MaxInt32)
+	cfg, err := pgxpool.ParseConfig(raw)
+	if err != nil || !strings.HasPrefix(raw, "postgres://") && !strings.HasPrefix(raw, "postgresql://") {
+		if raw != "" {
+			e.fault("DATABASE_URL", "must be a PostgreSQL URL, postgres://user:password@host:port/database")
+		}
+		return nil
+	}
+	cfg.MaxConns = int32(size)
+	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, postgresTimeout)
+	cfg.ConnConfig.RuntimeParams["timezone"] = "UTC"
+	return cfg
+}
+
+// redis reads REDIS_URL. Timeouts are per call (redisTimeout); the client itself retries nothing.
+func (e *environment) redis() *redis.UniversalOptions {
+	raw := e.required("REDIS_URL", "redis://localhost:6379")
+	o := &redis.UniversalOptions{MaxRetries: -1, DialerRetries: 1, ContextTimeoutEnabled: true,
+		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
+	u, err := url.Parse(raw)
+	valid := err == nil && (u.Scheme == "redis" || u.Scheme == "rediss")
+	if valid && u.Query().Has("addr") {
+		var c *redis.ClusterOptions
+		if c, err = redis.ParseClusterURL(raw); err == nil {
+			o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig
+		}
+	} else if valid {
+		var s *redis.Options
+		if s, err = redis.ParseURL(raw); err == nil {
+			o.Addrs, o.DB, o.Username, o.Password, o.TLSConfig = []string{s.Addr}, s.DB, s.Username, s.Password, s.TLSConfig
+		}
+	}
+	if raw != "" && (!valid || err != nil) {
+		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, or rediss:// for TLS")
+	}
+	return o
+}
+
+// origins reads FRONTEND_URL into origins as browsers write them (RFC 6454 section 6.2).
+func (e *environment) origins() (origins []string) {
+	for _, item := range strings.Split(e.required("FRONTEND_URL", "http://localhost:5173"), ",") {
+		u, err := url.Parse(strings.TrimSpace(item))
+		if item == "" && len(origins) == 0 {
+			return nil
+		}
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.User != nil ||
+			u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" || strings.Contains(u.Host, "*") {
+			e.fault("FRONTEND_URL", "must be origins such as https://app.example.com, separated by commas")
+			return nil
+		}
+		host := strings.ToLower(u.Host)
+		host = strings.TrimSuffix(host, map[string]string{"http": ":80", "https": ":443"}[u.Scheme])
+		origins = append(origins, u.Scheme+"://"+host)
+	}
+	return origins
+}
+
+// trustedProxies reads TRUSTED_PROXIES.
+func (e *environment) trustedProxies() (prefixes []netip.Prefix) {
+	raw := e.text("TRUSTED_PROXIES", "")
+	if raw == "" {
+		return nil
+	}
+	for _, item := range strings.Split(raw, ",") {
+		prefix, err := netip.ParsePrefix(strings.TrimSpace(item))
+		if err != nil || prefix.Addr().Is4In6() {
+			e.fault("TRUSTED_PROXIES", "must be CIDRs such as 10.0.0.0/8, separated by commas")
+			return nil
+		}
+		prefixes = append(prefixes, prefix)
+	}
+	return prefixes
+}
+
+// secrets reads the four secrets. All that are given differ: else a token of one kind would pass for the other.
+func (e *environment) secrets(c *config) {
+	seen := map[string]string{}
+	read := func(name string, fallback func() string) []byte {
+		value := e.getenv(name)
+		if value == "" {
+			return []byte(fallback())
+		}
+		if utf8.RuneCountInString(value) < 32 {
+			e.fault(name, "must be at least 32 characters")
+		}
+		if other, taken := seen[value]; taken {
+			e.fault(name, "must differ from %s", other)
+		}
+		seen[value] = name
+		return []byte(value)
+	}
+	required := func(name string) []byte {
+		return read(name, func() string {
+			if !e.dev {
+				e.fault(name, "is required")
+			}
+			c.randomSecrets = true
+			return rand.Text() + rand.Text()
+		})
+	}
+	none := func() string { return "" }
+	c.access = keys{required("JWT_SECRET"), read("JWT_SECRET_PREVIOUS", none)}
+	c.refresh = keys{required("JWT_REFRESH_SECRET"), read("JWT_REFRESH_SECRET_PREVIOUS", none)}
+}

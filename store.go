@@ -1,0 +1,635 @@
+package main
+
+// store.go keeps users in PostgreSQL and sessions in Redis, and applies schema.sql. Every call is bounded
+// in time and carried to its end whether or not the client still listens: a rotation that has begun is
+// not half undone by a closed laptop.
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
+)
+
+const (
+	postgresTimeout = 1500 * time.Millisecond
+	redisTimeout    = 500 * time.Millisecond
+)
+
+var (
+	errUnavailable = errors.New("store unavailable") // wraps whatever a store did not answer
+	errNoUser      = errors.New("no such user")
+	errEmailExists = errors.New("email exists")
+	errStale       = fmt.Errorf("%w: the password hash changed meanwhile", errUnavailable)
+	errNoSession   = errors.New("no such session")
+	errReused      = errors.New("refresh token already exchanged")
+	errTheft       = errors.New("refresh token already exchanged, long ago")
+)
+
+// user is a row of the table users.
+type user struct {
+	ID, Email, PasswordHash string
+	CreatedAt               time.Time
+}
+
+// device is where a session was last used from.
+type device struct{ IP, UserAgent string }
+
+// grant is the refresh token that a session currently honours. Times are Unix seconds.
+type grant struct {
+	SessionID, TokenID  string
+	IssuedAt, ExpiresAt int64
+	Resent              bool // the client was given it before
+}
+
+// session is a living session as its owner sees it.
+type session struct {
+	ID, IP, UserAgent     string
+	CreatedAt, LastUsedAt time.Time
+}
+
+// policy is how long sessions and their refresh tokens live, and how a token shown again is met.
+type policy struct {
+	refreshTTL, sessionTTL, leeway time.Duration
+	resend                         bool
+}
+
+type store struct {
+	db     *pgxpool.Pool
+	rdb    once
+	policy policy
+}
+
+func newStore(db *pgxpool.Pool, rdb once, p policy) (*store, error) {
+	if db == nil || rdb.UniversalClient == nil || p.refreshTTL < time.Second || p.sessionTTL < time.Second {
+		return nil, errors.New("store needs a PostgreSQL pool, a Redis client and lifetimes")
+	}
+	return &store{db, rdb, p}, nil
+}
+
+// once is a Redis client that sends no script a second time: one that counts or rotates may have been
+// carried out although its answer was lost. MaxRetries does not say that to a cluster client.
+type once struct{ redis.UniversalClient }
+
+type onceCmd struct{ *redis.Cmd }
+
+func (onceCmd) NoRetry() bool { return true }
+
+func (o once) EvalSha(ctx context.Context, sha1 string, keys []string, args ...any) *redis.Cmd {
+	return o.send(ctx, "evalsha", sha1, keys, args)
+}
+
+func (o once) Eval(ctx context.Context, script string, keys []string, args ...any) *redis.Cmd {
+	return o.send(ctx, "eval", script, keys, args)
+}
+
+func (o once) send(ctx context.Context, name, script string, keys []string, args []any) *redis.Cmd {
+	words := []any{name, script, len(keys)}
+	for _, key := range keys {
+		words = append(words, key)
+	}
+	cmd := redis.NewCmd(ctx, append(words, args...)...)
+	_ = o.Process(ctx, onceCmd{cmd}) // the command keeps its error
+	return cmd
+}
+
+// ready returns what keeps PostgreSQL and Redis from answering, nil for either that answers.
+func (s *store) ready(ctx context.Context) (postgres, redis error) {
+	done := make(chan error, 1)
+	go func() {
+		ctx, cancel := postgresContext(ctx)
+		defer cancel()
+		done <- s.db.Ping(ctx)
+	}()
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	redis = s.rdb.Ping(ctx).Err()
+	return <-done, redis
+}
+
+func postgresContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), postgresTimeout)
+}
+
+func redisContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
+}
+
+// postgresError names the operation and tells an outage from a fault: no answer, and the SQLSTATE classes
+// of lost connections, exhausted resources, shutdown and a primary that became a standby, are errUnavailable.
+func postgresError(operation string, err error) error {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && !slices.Contains([]string{"08", "53", "57"}, pg.Code[:2]) && pg.Code != "25006" {
+		return fmt.Errorf("%s: %v", operation, err)
+	}
+	return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
+}
+
+func redisError(operation string, err error) error {
+	return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
+}
+
+// ---- users
+
+// userByEmail returns the user with that address, in whatever case the row has it, or errNoUser. email is
+// lower-cased in ASCII, as the index is.
+func (s *store) userByEmail(ctx context.Context, email string) (user, error) {
+	return s.findUser(ctx, `SELECT id::text, email, password_hash, created_at FROM users
+		WHERE lower(email COLLATE "C") = $1`, email)
+}
+
+// userByID returns the user with that id, or errNoUser.
+func (s *store) userByID(ctx context.Context, id string) (user, error) {
+	return s.findUser(ctx, `SELECT id::text, email, password_hash, created_at FROM users WHERE id = $1::uuid`, id)
+}
+
+func (s *store) findUser(ctx context.Context, sql, arg string) (u user, err error) {
+	ctx, cancel := postgresContext(ctx)
+	defer cancel()
+	err = s.db.QueryRow(ctx, sql, arg).Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return user{}, errNoUser
+	case err != nil:
+		return user{}, postgresError("find user", err)
+	}
+	return u, nil
+}
+
+// createUser inserts the user and opens its first session; without the session there is no user either.
+// errEmailExists where the address is taken.
+func (s *store) createUser(ctx context.Context, email, hash, sid, jti string, from device) (u user, g grant, err error) {
+	err = s.inTx(ctx, "create user", func(ctx context.Context, tx pgx.Tx) error {
+		u = user{PasswordHash: hash}
+		err := tx.QueryRow(ctx, `INSERT INTO users (email, password_hash) VALUES ($1, $2)
+			RETURNING id::text, email, created_at`, email, hash).Scan(&u.ID, &u.Email, &u.CreatedAt)
+		var pg *pgconn.PgError
+		switch {
+		case errors.As(err, &pg) && pg.Code == "23505" && pg.TableName == "users" && pg.ConstraintName != "users_pkey":
+			return errEmailExists // whatever an adopted table calls its constraint
+		case err != nil:
+			return err
+		}
+		g, err = s.startSession(ctx, u, sid, jti, from)
+		return err
+	})
+	return u, g, err
+}
+
+// openSession opens a session for a user whose password has just been verified against u.PasswordHash.
+// errStale, and no session, where that hash is no longer the user's. Reading it again once the session can
+// be found and revoked leaves no gap: a change that comes later revokes this session too. FOR SHARE waits for a
+// change that is under way.
+func (s *store) openSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
+	g, err := s.startSession(ctx, u, sid, jti, from)
+	if err != nil {
+		return grant{}, err
+	}
+	pctx, cancel := postgresContext(ctx)
+	defer cancel()
+	var hash string
+	err = s.db.QueryRow(pctx, `SELECT password_hash FROM users WHERE id = $1::uuid FOR SHARE`, u.ID).Scan(&hash)
+	if err == nil && hash == u.PasswordHash {
+		return g, nil
+	}
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		err = postgresError("read password hash", err)
+	} else {
+		err = errStale
+	}
+	if _, revokeErr := s.revoke(ctx, u.ID, sid); revokeErr != nil {
+		err = revokeErr
+	}
+	return grant{}, err
+}
+
+// changePassword replaces the password hash of u and revokes all its sessions but sid, which goes on.
+// errStale where the hash is no longer u.PasswordHash. If a store fails on the way the password stays.
+func (s *store) changePassword(ctx context.Context, u user, hash, sid string) error {
+	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
+		if _, err := s.runEach(ctx, rebindScript, []string{sid}, u.ID, "", bothDigests(u.PasswordHash, hash)); err != nil {
+			return err
+		}
+		return s.revokeAll(ctx, u.ID, sid, sid)
+	})
+}
+
+// rehash replaces the password hash of u by another of the same password. Its sessions go on, but for
+// those that were bound to another hash already.
+func (s *store) rehash(ctx context.Context, u user, hash string) error {
+	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
+		sids, err := s.sessionIDs(ctx, u.ID)
+		if err == nil {
+			_, err = s.runEach(ctx, rebindScript, sids, u.ID, digest(u.PasswordHash), bothDigests(u.PasswordHash, hash))
+		}
+		return err
+	})
+}
+
+// replaceHash updates the hash and, with the row locked and the update not yet visible, the sessions.
+func (s *store) replaceHash(ctx context.Context, u user, hash string, sessions func(context.Context) error) error {
+	return s.inTx(ctx, "replace password hash", func(ctx context.Context, tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `UPDATE users SET password_hash = $3, updated_at = now()
+			WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash, hash)
+		if err == nil && tag.RowsAffected() == 0 {
+			return errStale
+		}
+		if err != nil {
+			return err
+		}
+		return sessions(ctx)
+	})
+}
+
+// deleteUser deletes the row and revokes all sessions; errStale where u.PasswordHash is no longer the hash.
+func (s *store) deleteUser(ctx context.Context, u user, sid string) error {
+	return s.inTx(ctx, "delete user", func(ctx context.Context, tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `DELETE FROM users WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash)
+		if err == nil && tag.RowsAffected() == 0 {
+			return errStale
+		}
+		if err != nil {
+			return err
+		}
+		return s.revokeAll(ctx, u.ID, sid, "")
+	})
+}
+
+// inTx runs fn in a transaction. The errors of this file pass through it; any other is PostgreSQL's.
+func (s *store) inTx(ctx context.Context, operation string, fn func(context.Context, pgx.Tx) error) error {
+	ctx, cancel := postgresContext(ctx)
+	defer cancel()
+	err := pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error { return fn(ctx, tx) })
+	if err == nil || errors.Is(err, errUnavailable) || errors.Is(err, errEmailExists) {
+		return err
+	}
+	return postgresError(operation, err)
+}
+
+// ---- sessions
+
+// nowLua is Redis' own clock in milliseconds: one clock for all replicas.
+const nowLua = `
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+`
+
+// killLua defines kill(token, exp): a refresh token is dead, since now; the blacklist says so until the token
+// would have expired. The key is made from the session's, so it is in the same slot.
+const killLua = `
+local function kill(token, exp)
+  redis.call('SET', string.gsub(KEYS[1], '^session', 'blacklist') .. ':' .. token, now, 'EXAT', exp)
+end
+`
+
+var (
+	// KEYS: user-sessions. ARGV: session id, seconds until it expires. Enters the session in its user's
+	// index, drops what has expired from it and lets it live as long as the longest. Returns now.
+	indexScript = redis.NewScript(nowLua + `
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', math.floor(now / 1000))
+redis.call('ZADD', KEYS[1], math.floor(now / 1000) + ARGV[2], ARGV[1])
+redis.call('EXPIREAT', KEYS[1], redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2])
+return now`)
+
+	// KEYS: session. ARGV: user, token, now, iat, exp, ip, user agent, digest of the password hash.
+	startScript = redis.NewScript(`
+redis.call('HSET', KEYS[1], 'user', ARGV[1], 'token', ARGV[2], 'created', ARGV[3], 'used', ARGV[3],
+  'iat', ARGV[4], 'exp', ARGV[5], 'ip', ARGV[6], 'agent', ARGV[7], 'password', ARGV[8])
+redis.call('EXPIREAT', KEYS[1], ARGV[5])
+return 1`)
+
+	// KEYS: session, blacklist entry of the token shown. ARGV: user, token shown, next token, digest of the
+	// password hash, seconds of a refresh token, seconds of a session, leeway in ms, '1' to resend, ip, user agent.
+	// Returns what came of it and, where there is one, the current token with its iat and exp.
+	//
+	// The session alone decides which token is alive, so a lost blacklist entry revives nothing; the
+	// entry, else the session's memory of its last exchange, says how long ago a dead one was exchanged.
+	rotateScript = redis.NewScript(nowLua + killLua + `
+local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'iat', 'exp', 'created', 'password', 'previous', 'exchanged')
+if s[1] ~= ARGV[1] then return {'gone'} end
+local token, iat, exp = s[2], tonumber(s[3]), tonumber(s[4])
+local bound = string.find(s[6], ARGV[4], 1, true)
+
+if token ~= ARGV[2] then
+  local exchanged = redis.call('GET', KEYS[2]) or (s[7] == ARGV[2] and s[8])
+  if not exchanged or now - exchanged > tonumber(ARGV[7]) then
+    kill(token, exp)
+    redis.call('DEL', KEYS[1])
+    return {'theft'}
+  end
+  if ARGV[8] ~= '1' or s[7] ~= ARGV[2] then return {'reused'} end
+  if bound then return {'resent', token, iat, exp} end
+end
+
+local at = math.floor(now / 1000)
+local till = math.min(at + ARGV[5], math.floor(s[5] / 1000) + ARGV[6])
+kill(token, exp)
+if not bound or till <= at then
+  redis.call('DEL', KEYS[1])
+  return {'gone'}
+end
+redis.call('HSET', KEYS[1], 'token', ARGV[3], 'iat', at, 'exp', till, 'used', now,
+  'previous', token, 'exchanged', now, 'ip', ARGV[9], 'agent', ARGV[10])
+redis.call('EXPIREAT', KEYS[1], till)
+return {'rotated', ARGV[3], at, till}`)
+
+	// KEYS: session. ARGV: user. Ends the session if it is that user's; returns 1 if so.
+	revokeScript = redis.NewScript(nowLua + killLua + `
+local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'exp')
+if s[1] ~= ARGV[1] then return 0 end
+kill(s[2], s[3])
+return redis.call('DEL', KEYS[1])`)
+
+	// KEYS: session. ARGV: user, digest it must be bound to or '', digests it shall be bound to.
+	rebindScript = redis.NewScript(`
+local s = redis.call('HMGET', KEYS[1], 'user', 'password')
+if s[1] ~= ARGV[1] or not string.find(s[2], ARGV[2], 1, true) then return 0 end
+redis.call('HSET', KEYS[1], 'password', ARGV[3])
+return 1`)
+)
+
+func sessionKey(sid string) string { return "session:{" + sid + "}" }
+func indexKey(uid string) string   { return "user-sessions:{" + uid + "}" }
+
+// digest is the short form of a password hash that a session remembers: 16 hex digits of SHA-256.
+func digest(hash string) string {
+	sum := sha256.Sum256([]byte(hash))
+	return hex.EncodeToString(sum[:8])
+}
+
+// bothDigests lets a session go on under old and under new, whichever PostgreSQL will have.
+func bothDigests(old, new string) string { return digest(old) + " " + digest(new) }
+
+// startSession writes the session and returns its first refresh token. It is in the index before it lives,
+// so whoever revokes a user's sessions misses none.
+func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
+	ttl := int64(min(s.policy.refreshTTL, s.policy.sessionTTL) / time.Second)
+	now, err := s.index(ctx, u.ID, sid, ttl)
+	if err != nil {
+		return grant{}, err
+	}
+	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	if err := startScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
+		from.IP, from.UserAgent, digest(u.PasswordHash)).Err(); err != nil {
+		return grant{}, redisError("start session", err)
+	}
+	return g, nil
+}
+
+// index enters the session in its user's index for that many seconds and returns Redis' time in ms.
+func (s *store) index(ctx context.Context, uid, sid string, seconds int64) (int64, error) {
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	now, err := indexScript.Run(ctx, s.rdb, []string{indexKey(uid)}, sid, seconds).Int64()
+	if err != nil {
+		return 0, redisError("index session", err)
+	}
+	return now, nil
+}
+
+// rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the
+// session now honours; errReused or, past the leeway, errTheft for a token that was already exchanged;
+// errNoSession where there is no session, or none any more since u's password hash is not the one it is bound to.
+func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	reply, err := rotateScript.Run(ctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti},
+		u.ID, jti, next, digest(u.PasswordHash), int64(s.policy.refreshTTL/time.Second),
+		int64(s.policy.sessionTTL/time.Second), s.policy.leeway.Milliseconds(), s.policy.resend,
+		from.IP, from.UserAgent).Slice()
+	if err != nil {
+		return grant{}, redisError("rotate", err)
+	}
+	switch reply[0] {
+	case "gone":
+		return grant{}, errNoSession
+	case "reused":
+		return grant{}, errReused
+	case "theft":
+		return grant{}, errTheft
+	}
+	g := grant{SessionID: sid, Resent: reply[0] == "resent"}
+	var ok [3]bool
+	g.TokenID, ok[0] = reply[1].(string)
+	g.IssuedAt, ok[1] = reply[2].(int64)
+	g.ExpiresAt, ok[2] = reply[3].(int64)
+	if ok != [3]bool{true, true, true} {
+		return grant{}, fmt.Errorf("rotate: unexpected reply %v", reply)
+	}
+	// The token is exchanged, come what may: an index that cannot be written now is written next time.
+	_, _ = s.index(ctx, u.ID, sid, g.ExpiresAt-g.IssuedAt)
+	return g, nil
+}
+
+// isLive reports whether the session is there and the user's.
+func (s *store) isLive(ctx context.Context, uid, sid string) (bool, error) {
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	owner, err := s.rdb.HGet(ctx, sessionKey(sid), "user").Result()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return false, redisError("find session", err)
+	}
+	return err == nil && owner == uid, nil
+}
+
+// sessionIDs returns the ids in the user's index; some may have ended.
+func (s *store) sessionIDs(ctx context.Context, uid string) ([]string, error) {
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
+	if err != nil {
+		return nil, redisError("list sessions", err)
+	}
+	return sids, nil
+}
+
+// sessions returns the user's living sessions, newest use first.
+func (s *store) sessions(ctx context.Context, uid string) ([]session, error) {
+	sids, err := s.sessionIDs(ctx, uid)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	replies, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+		for _, sid := range sids {
+			pipe.HMGet(ctx, sessionKey(sid), "user", "created", "used", "ip", "agent")
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, redisError("read sessions", err)
+	}
+	living := []session{}
+	for i, reply := range replies {
+		var f [5]string
+		for j, v := range reply.(*redis.SliceCmd).Val() {
+			f[j], _ = v.(string) // nil where the session has ended
+		}
+		if f[0] == uid {
+			living = append(living, session{ID: sids[i], CreatedAt: unixMilli(f[1]), LastUsedAt: unixMilli(f[2]), IP: f[3], UserAgent: f[4]})
+		}
+	}
+	slices.SortStableFunc(living, func(a, b session) int {
+		return cmp.Or(b.LastUsedAt.Compare(a.LastUsedAt), b.CreatedAt.Compare(a.CreatedAt))
+	})
+	return living, nil
+}
+
+func unixMilli(s string) time.Time {
+	ms, _ := strconv.ParseInt(s, 10, 64)
+	return time.UnixMilli(ms)
+}
+
+// revoke ends those of the sessions that are there and the user's, and returns how many: for good, as
+// nothing brings back a session that is not there.
+func (s *store) revoke(ctx context.Context, uid string, sids ...string) (ended int, err error) {
+	replies, err := s.runEach(ctx, revokeScript, sids, uid)
+	if err != nil {
+		return 0, err
+	}
+	// An id without a session stays in the index until its time: its session may be about to start.
+	var gone []any
+	for i, reply := range replies {
+		if n, _ := reply.(*redis.Cmd).Int(); n == 1 {
+			gone = append(gone, sids[i])
+		}
+	}
+	if len(gone) == 0 {
+		return 0, nil
+	}
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	if err := s.rdb.ZRem(ctx, indexKey(uid), gone...).Err(); err != nil {
+		return 0, redisError("revoke", err)
+	}
+	return len(gone), nil
+}
+
+// revokeAll ends the user's sessions but keep, if given, and sid too, even if the index has lost it.
+func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
+	sids, err := s.sessionIDs(ctx, uid)
+	if err != nil {
+		return err
+	}
+	sids = slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })
+	_, err = s.revoke(ctx, uid, sids...)
+	return err
+}
+
+// runEach runs the script on each of the sessions, in one round trip.
+func (s *store) runEach(ctx context.Context, script *redis.Script, sids []string, args ...any) ([]redis.Cmder, error) {
+	ctx, cancel := redisContext(ctx)
+	defer cancel()
+	replies, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+		for _, sid := range sids {
+			script.Eval(ctx, pipe, []string{sessionKey(sid)}, args...)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, redisError("run on sessions", err)
+	}
+	return replies, nil
+}
+
+// ---- migrations
+
+//go:embed schema.sql
+var schemaSQL string
+
+// migration is one step of schema.sql. AppliedAt is zero where it has not been applied.
+type migration struct {
+	Version, Name, SQL, Checksum string
+	AppliedAt                    time.Time
+}
+
+// parseMigrations splits a schema at its "-- migration: 0001 name" lines.
+func parseMigrations(schema string) (steps []migration) {
+	for _, part := range strings.Split("\n"+schema, "\n-- migration: ")[1:] {
+		title, sql, _ := strings.Cut(part, "\n")
+		version, name, _ := strings.Cut(title, " ")
+		sum := sha256.Sum256([]byte(sql))
+		steps = append(steps, migration{Version: version, Name: name, SQL: sql, Checksum: hex.EncodeToString(sum[:])})
+	}
+	return steps
+}
+
+// migrate applies what of the schema has not been applied: all of it or, on an error, nothing. With apply
+// false it changes nothing. It returns every step; one on record that is unknown or has another text is an error.
+func migrate(ctx context.Context, db *pgx.Conn, schema string, apply bool) ([]migration, error) {
+	tx, err := db.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer tx.Rollback(context.WithoutCancel(ctx))
+	// One replica at a time, the others wait. The number is any that nobody else uses.
+	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171)`); err != nil {
+		return nil, err
+	}
+	applied, err := appliedMigrations(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	steps := parseMigrations(schema)
+	for i := range steps {
+		step := &steps[i]
+		if on, ok := applied[step.Version]; ok {
+			if on.Checksum != step.Checksum {
+				return nil, fmt.Errorf("migration %s %s is not the one that was applied: its text has changed", step.Version, step.Name)
+			}
+			step.AppliedAt = on.AppliedAt
+			delete(applied, step.Version)
+		} else if apply {
+			if _, err := tx.Exec(ctx, step.SQL); err != nil {
+				return nil, fmt.Errorf("migration %s %s: %v", step.Version, step.Name, err)
+			}
+			if err := tx.QueryRow(ctx, `INSERT INTO schema_migrations (version, name, checksum) VALUES ($1, $2, $3)
+				RETURNING applied_at`, step.Version, step.Name, step.Checksum).Scan(&step.AppliedAt); err != nil {
+				return nil, err
+			}
+		}
+	}
+	for _, on := range applied {
+		return nil, fmt.Errorf("migration %s %s was applied, but this version does not know it", on.Version, on.Name)
+	}
+	if apply {
+		err = tx.Commit(ctx)
+	}
+	return steps, err
+}
+
+func appliedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, error) {
+	if _, err := tx.Exec(ctx, `CREATE TABLE IF NOT EXISTS schema_migrations (
+		version    text        PRIMARY KEY,
+		name       text        NOT NULL,
+		checksum   text        NOT NULL,
+		applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
+		return nil, err
+	}
+	rows, err := tx.Query(ctx, `SELECT version, name, checksum, applied_at FROM schema_migrations`)
+	if err != nil {
+		return nil, err
+	}
+	applied := map[string]migration{}
+	var m migration
+	_, err = pgx.ForEachRow(rows, []any{&m.Version, &m.Name, &m.Checksum, &m.AppliedAt}, func() error {
+		applied[m.Version] = m
+		return nil
+	})
+	return applied, err
+}

@@ -1,6 +1,4 @@
 AIR = github.com/air-verse/air@v1.67.4
-STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
-GOVULNCHECK = golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
@@ -11,10 +9,12 @@ run: go ## serve on http://localhost:3000, data in .data
 	go build -o latchkey .
 	scripts/with-services --keep .data ./latchkey
 
-# The delay, in milliseconds, is how long a server that is told to stop may drain.
+# air's delay, in milliseconds, is how long the server may drain. Without the exec air signals a shell
+# and the server one after the other, and the second signal would cut the draining short.
 dev: go ## like run, rebuilt and restarted at every saved change
 	scripts/with-services --keep .data go run $(AIR) -tmp_dir .data/air -build.include_ext go,sql,txt \
-	    -build.exclude_dir .data,examples,integration,scripts -build.send_interrupt true -build.kill_delay 15000
+	    -build.exclude_dir .data,examples,integration,scripts -build.full_bin 'exec .data/air/main' \
+	    -build.send_interrupt true -build.kill_delay 15000
 
 test: go ## go vet and all tests, on a PostgreSQL and a Redis of their own
 	go vet ./...
@@ -24,14 +24,11 @@ test: go ## go vet and all tests, on a PostgreSQL and a Redis of their own
 bench: go ## the benchmarks
 	scripts/with-services go test -run '^$$' -bench . -benchmem .
 
-integration: go ## the tests that need Docker (and Chromium)
-	go test -C integration ./...
+integration: go ## the tests of the whole, with Docker and Chromium
+	go test -C integration -count=1 -timeout 15m ./...
 
-check: go ## formatting, tidiness, staticcheck, known vulnerabilities
-	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt -w $$unformatted" >&2; exit 1; }
-	go mod tidy -diff
-	go run $(STATICCHECK) ./...
-	go run $(GOVULNCHECK) ./...
+check: go ## formatting, tidiness, staticcheck, known vulnerabilities, shellcheck
+	scripts/check
 
 # A Go from 1.21 on fetches the version that go.mod names; this speaks up where that cannot be had.
 go:

@@ -45,6 +45,7 @@ export function createAuth({ baseURL }) {
   const base = new URL(baseURL);
   const lock = `latchkey ${base.origin}`;
   const tabs = new BroadcastChannel(lock);
+  const voice = new BroadcastChannel(lock); // unlike what is posted to tabs itself, this tab hears it too
   const listeners = new Set();
   let token = null; // the access token
   let claims = null; // what it says
@@ -64,14 +65,25 @@ export function createAuth({ baseURL }) {
   /** Does the same in the other tabs, which share the cookie and so the session. */
   function announce(next) {
     adopt(next);
-    tabs.postMessage(next);
+    tabs.postMessage({ token: next });
   }
-  tabs.onmessage = (event) => adopt(event.data);
+  tabs.onmessage = ({ data }) => { if ('token' in data) adopt(data.token); };
+
+  /** Waits until all is heard that was said before: messages come in order, so the echo of one's own comes last. */
+  const listen = () => new Promise((resolve) => {
+    const echo = crypto.randomUUID();
+    const hear = ({ data }) => { if (data.echo === echo) resolve(tabs.removeEventListener('message', hear)); };
+    tabs.addEventListener('message', hear);
+    voice.postMessage({ echo });
+  });
+
+  /**
+   * Whatever changes the cookie holds this lock, so that no answer overtakes another one's cookie; and it first hears what
+   * the tab that had the lock before has to say, for the lock may be quicker than the message.
+   */
+  const locked = (work) => navigator.locks.request(lock, () => listen().then(work));
 
   const user = () => claims && { id: claims.userId, email: claims.email };
-
-  /** Whatever changes the cookie holds this lock, so that no answer overtakes another one's cookie. */
-  const locked = (work) => navigator.locks.request(lock, work);
 
   const open = (path, init) => fetch(new URL(path, base), { ...init, credentials: 'include' });
 

@@ -31,6 +31,7 @@ async function render(user) {
   leaving = '';
   document.querySelectorAll('form').forEach((form) => form.reset());
   if (!user) return showForm(status);
+  history.replaceState(null, '', location.pathname); // after the next logout the form is the one to log in
   $('#who').textContent = $('#email').textContent = user.email;
   document.querySelectorAll('input[name=username]').forEach((input) => { input.value = user.email; });
   show('account');

@@ -1,0 +1,668 @@
+package integration
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/fetch"
+	"github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/page"
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+)
+
+// These tests are a user of examples/frontend in a real Chromium: the page comes from one origin and calls the server at
+// another, as in life. A screenshot of each state is left in screenshots/.
+
+const (
+	ada      = "ada@example.com"
+	password = "correct horse battery"
+)
+
+// site starts a server whose FRONTEND_URL is a free origin, and serves the page there.
+func site(t *testing.T, more vars) (origin, api string) {
+	t.Helper()
+	if suite.c == nil {
+		t.Skipf("needs %s", own)
+	}
+	l := listen(t)
+	api = strings.Replace(serve(t, fresh(t), vars{"FRONTEND_URL": originOf(l)}.with(more)).URL, "127.0.0.1", "localhost", 1)
+	servePage(t, l, api)
+	return originOf(l), api
+}
+
+func listen(t *testing.T) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// originOf names the host localhost, as people do: to a browser it is the same site on every port.
+func originOf(l net.Listener) string {
+	return fmt.Sprintf("http://localhost:%d", l.Addr().(*net.TCPAddr).Port)
+}
+
+// servePage serves the page as it is, but for the address of the API, which index.html names.
+func servePage(t *testing.T, l net.Listener, api string) {
+	t.Helper()
+	const dir = "../examples/frontend"
+	index, err := os.ReadFile(dir + "/index.html")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /", http.FileServer(http.Dir(dir)))
+	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		fmt.Fprint(w, strings.ReplaceAll(string(index), "http://localhost:3000", api))
+	})
+	srv := &http.Server{Handler: mux}
+	go srv.Serve(l)
+	t.Cleanup(func() { srv.Close() })
+}
+
+// chromium starts a browser with an empty profile; each tab is a child of the context, each device a child with cookies
+// of its own.
+func chromium(t *testing.T) context.Context {
+	t.Helper()
+	var program string
+	for _, name := range []string{"chromium", "chromium-browser", "google-chrome"} {
+		if path, err := exec.LookPath(name); err == nil {
+			program = path
+			break
+		}
+	}
+	if program == "" {
+		t.Skip("THE BROWSER TESTS DID NOT RUN: there is no Chromium here (Debian: apt-get install chromium)")
+	}
+	options := append(slices.Clone(chromedp.DefaultExecAllocatorOptions[:]), chromedp.ExecPath(program), chromedp.DisableGPU,
+		chromedp.UserDataDir(t.TempDir()), chromedp.Flag("disable-quic", true), chromedp.Flag("disable-component-update", true))
+	if os.Getuid() == 0 {
+		options = append(options, chromedp.NoSandbox) // which refuses to work for root
+	}
+	allocator, cancel := chromedp.NewExecAllocator(context.Background(), options...)
+	t.Cleanup(cancel)
+	browser, _ := chromedp.NewContext(allocator)
+	if err := chromedp.Do(browser); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := chromedp.Cancel(browser); err != nil {
+			t.Error(err)
+		}
+	})
+	return browser
+}
+
+// A tab is one tab of a browser, and what went over its wire.
+type tab struct {
+	t   *testing.T
+	ctx context.Context
+
+	mu      sync.Mutex
+	sent    map[network.RequestID]string // "POST /auth/login"
+	answers []string                     // "POST /auth/login 200"
+}
+
+func newTab(t *testing.T, browser context.Context, options ...chromedp.ContextOption) *tab {
+	t.Helper()
+	x := &tab{t: t, sent: map[network.RequestID]string{}}
+	x.ctx, _ = chromedp.NewContext(browser, append(options, chromedp.WithListener(x.hear))...)
+	x.do(chromedp.Func(func(ctx context.Context, target *chromedp.Target) error { return nil }))
+	return x
+}
+
+// device is the first tab of another browser, as far as cookies go.
+func device(t *testing.T, browser context.Context) *tab {
+	t.Helper()
+	return newTab(t, browser, chromedp.WithNewBrowserContext())
+}
+
+// hear notes what the API answered. What goes wrong in the page unseen is an error.
+func (x *tab) hear(event any) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	switch e := event.(type) {
+	case *network.EventRequestWillBeSent:
+		if u, err := url.Parse(e.Request.URL); err == nil && strings.HasPrefix(u.Path, "/auth/") {
+			x.sent[e.RequestID] = e.Request.Method + " " + u.Path
+		}
+	case *network.EventResponseReceivedExtraInfo: // unlike ResponseReceived it also tells of answers that CORS withholds
+		if request, ok := x.sent[e.RequestID]; ok {
+			x.answers = append(x.answers, fmt.Sprintf("%s %d", request, e.StatusCode))
+		}
+	case *runtime.EventExceptionThrown:
+		x.t.Errorf("an exception in the page: %s %s", e.ExceptionDetails.Text, e.ExceptionDetails.Exception.Description)
+	case *log.EventEntryAdded:
+		if strings.Contains(e.Entry.Text, "Content Security Policy") {
+			x.t.Errorf("the page breaks its own policy: %s", e.Entry.Text)
+		}
+	}
+}
+
+// count says how often the API gave this answer ("POST /auth/refresh 200") to this tab.
+func (x *tab) count(answer string) (n int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for _, a := range x.answers {
+		if a == answer {
+			n++
+		}
+	}
+	return n
+}
+
+func (x *tab) do(steps ...chromedp.Action[chromedp.Void]) {
+	x.t.Helper()
+	ctx := x.ctx
+	if chromedp.FromContext(ctx).Target != nil { // the first step opens the tab, which ends with its context
+		limited, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		ctx = limited
+	}
+	if err := chromedp.Do(ctx, steps...); err != nil {
+		x.t.Fatalf("%v\nanswers of the API: %q", err, x.answers)
+	}
+}
+
+// js evaluates an expression in the page, and waits for it if it is a promise.
+func js[T any](x *tab, expression string) T {
+	x.t.Helper()
+	ctx, cancel := context.WithTimeout(x.ctx, 30*time.Second)
+	defer cancel()
+	value, err := chromedp.Run(ctx, chromedp.Evaluate[T](expression, chromedp.EvalAwaitPromise))
+	if err != nil {
+		x.t.Fatalf("%s: %v", expression, err)
+	}
+	return value
+}
+
+// until waits for the page to change until the condition holds.
+func (x *tab) until(condition string) {
+	x.t.Helper()
+	if !js[bool](x, `new Promise((resolve) => {
+		const visible = (selector, text) => {
+			const node = document.querySelector(selector);
+			return Boolean(node?.checkVisibility() && node.textContent.includes(text));
+		};
+		const look = () => { if (`+condition+`) { observer.disconnect(); resolve(true); } };
+		const observer = new MutationObserver(look);
+		observer.observe(document, { subtree: true, childList: true, characterData: true, attributes: true });
+		setTimeout(() => resolve(false), 20_000);
+		look();
+	})`) {
+		x.shot("failed")
+		x.t.Fatalf("never: %s\nthe page: %s\nanswers of the API: %q", condition, js[string](x, `document.body.innerText`), x.answers)
+	}
+}
+
+// see waits until an element is visible and has the text in it.
+func (x *tab) see(selector, text string) {
+	x.t.Helper()
+	quoted, _ := json.Marshal([]string{selector, text})
+	x.until(fmt.Sprintf("visible(...%s)", quoted))
+}
+
+func (x *tab) open(address string) {
+	x.t.Helper()
+	x.do(chromedp.Navigate(address))
+}
+
+// fill types into the fields of a form, in turn its selector and its text, and submits it by the Enter key.
+func (x *tab) fill(fields ...string) {
+	x.t.Helper()
+	for i := 0; i < len(fields); i += 2 {
+		js[string](x, fmt.Sprintf("document.querySelector(%q).value = ''", fields[i]))
+		x.do(chromedp.SendKeys(chromedp.CSS(fields[i]), fields[i+1]))
+	}
+	x.do(chromedp.KeyEvent("\r"))
+}
+
+func (x *tab) click(selector string) {
+	x.t.Helper()
+	x.do(chromedp.Click(chromedp.CSS(selector), chromedp.NodeEnabled))
+}
+
+// signup goes all the way from the empty page.
+func (x *tab) signup(origin, email string) {
+	x.t.Helper()
+	x.open(origin)
+	x.see("#view-login h1", "Log in")
+	x.click("#view-login .aside a")
+	x.fill("#signup-email", email, "#signup-password", password)
+	x.signedIn(email)
+}
+
+func (x *tab) login(origin, email, password string) {
+	x.t.Helper()
+	x.open(origin)
+	x.see("#view-login h1", "Log in")
+	x.fill("#login-email", email, "#login-password", password)
+	x.signedIn(email)
+}
+
+// signedIn waits for the account and the list of sessions, the last that the page asks for.
+func (x *tab) signedIn(email string) {
+	x.t.Helper()
+	x.see("#email", email)
+	x.see("#sessions", "This browser")
+}
+
+// shot leaves screenshots of this state: a wide light one and a narrow dark one.
+func (x *tab) shot(name string) {
+	x.t.Helper()
+	if err := os.MkdirAll("screenshots", 0o755); err != nil {
+		x.t.Fatal(err)
+	}
+	for _, look := range []struct {
+		name, scheme string
+		width        int64
+	}{{"light", "light", 1000}, {"dark", "dark", 360}} {
+		media := emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: look.scheme}}}
+		if _, err := chromedp.Call(x.ctx, emulation.SetEmulatedMedia, media); err != nil {
+			x.t.Fatal(err)
+		}
+		x.do(chromedp.EmulateViewport(look.width, 640))
+		png, err := chromedp.Run(x.ctx, chromedp.FullScreenshot(100))
+		if err != nil {
+			x.t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join("screenshots", name+"-"+look.name+".png"), png, 0o644); err != nil {
+			x.t.Fatal(err)
+		}
+	}
+	if _, err := chromedp.Call(x.ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{}); err != nil {
+		x.t.Fatal(err)
+	}
+	x.do(chromedp.ResetViewport())
+}
+
+// cookie is the refresh cookie as the browser keeps it, or nil.
+func (x *tab) cookie(api string) *network.Cookie {
+	x.t.Helper()
+	kept, err := chromedp.Call(x.ctx, network.GetCookies, network.GetCookiesParams{URLs: []string{api + "/auth/refresh"}})
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	for _, c := range kept.Cookies {
+		if c.Name == "refreshToken" {
+			return c
+		}
+	}
+	return nil
+}
+
+func TestBrowserSession(t *testing.T) {
+	t.Parallel()
+	origin, api := site(t, vars{})
+	browser := chromium(t)
+	x := newTab(t, browser)
+
+	x.open(origin)
+	x.see("#view-login h1", "Log in")
+	x.shot("login")
+	if focus := js[string](x, `document.activeElement.textContent`); focus != "Log in" {
+		t.Errorf("the focus is on %q, not on the heading", focus)
+	}
+
+	x.click("#view-login .aside a")
+	x.see("#view-signup h1", "Sign up")
+	x.fill("#signup-email", "no address", "#signup-password", "short")
+	x.until(`visible('#signup-email-error', '') && visible('#signup-password-error', '')`)
+	for _, field := range []string{"#signup-email", "#signup-password"} {
+		if !js[bool](x, fmt.Sprintf(`(() => { const input = document.querySelector(%q);
+			const described = input.getAttribute('aria-describedby').split(' ').map((id) => document.getElementById(id).textContent);
+			return input.getAttribute('aria-invalid') === 'true' && described.at(-1) !== '' })()`, field)) {
+			t.Errorf("%s is not marked as wrong, with its error as its description", field)
+		}
+	}
+	if focus := js[string](x, `document.activeElement.id`); focus != "signup-email" {
+		t.Errorf("the focus is on %q, not on the first wrong field", focus)
+	}
+	x.shot("signup-errors")
+
+	x.fill("#signup-email", ada, "#signup-password", password)
+	x.signedIn(ada)
+	x.shot("account")
+
+	t.Run("the refresh token is out of reach of scripts", func(t *testing.T) {
+		kept := js[string](x, `(async () => JSON.stringify([document.cookie, { ...localStorage }, { ...sessionStorage },
+			await indexedDB.databases(), await cookieStore.getAll(), await caches.keys()]))()`)
+		if kept != `["",{},{},[],[],[]]` {
+			t.Errorf("scripts find %s", kept)
+		}
+		c := x.cookie(api)
+		if c == nil {
+			t.Fatal("there is no refresh cookie")
+		}
+		if !c.HTTPOnly || !c.Secure || c.SameSite != network.CookieSameSiteStrict || c.Path != "/auth" {
+			t.Errorf("the cookie is kept as %+v", c)
+		}
+	})
+	t.Run("every field has a name", func(t *testing.T) {
+		if bare := js[string](x, `[...document.querySelectorAll('input')].filter((input) =>
+			!input.labels.length && !input.ariaLabel).map((input) => input.outerHTML).join()`); bare != "" {
+			t.Errorf("no label: %s", bare)
+		}
+	})
+
+	before := x.cookie(api).Value
+	x.do(chromedp.Reload())
+	x.signedIn(ada)
+	if after := x.cookie(api).Value; after == before {
+		t.Error("a reload did not exchange the refresh token")
+	}
+
+	other := device(t, browser)
+	other.open(origin)
+	other.see("#view-login h1", "Log in")
+	other.fill("#login-email", ada, "#login-password", "a wrong guess")
+	other.see("#login .problem", "Invalid")
+	other.shot("login-wrong")
+	other.click("#view-login .aside a")
+	other.fill("#signup-email", "ADA@example.com", "#signup-password", password)
+	other.see("#signup-email-error", "Email already exists")
+	other.shot("signup-taken")
+	if other.cookie(api) != nil {
+		t.Error("a failed login or signup set a cookie")
+	}
+
+	x.click("#logout button")
+	x.see("#status", "You are logged out.")
+	x.shot("logged-out")
+	if x.cookie(api) != nil {
+		t.Error("the cookie outlives the logout")
+	}
+	x.do(chromedp.Reload())
+	x.see("#view-login h1", "Log in")
+}
+
+func TestBrowserTabs(t *testing.T) {
+	t.Parallel()
+	const life = 2 * time.Second
+	origin, _ := site(t, vars{"ACCESS_TOKEN_TTL": life.String(), "RATE_LIMIT_MAX": "10000"})
+	browser := chromium(t)
+	tabs := []*tab{newTab(t, browser), newTab(t, browser)}
+	tabs[0].signup(origin, ada)
+	tabs[1].open(origin)
+	tabs[1].signedIn(ada)
+
+	refreshes := func(status int) int {
+		answer := fmt.Sprintf("POST /auth/refresh %d", status)
+		return tabs[0].count(answer) + tabs[1].count(answer)
+	}
+	both := func(work func(x *tab)) {
+		var wg sync.WaitGroup
+		for _, x := range tabs {
+			wg.Go(func() { work(x) })
+		}
+		wg.Wait()
+	}
+	lost := refreshes(401) // by the first page, before there was a cookie
+	const rounds = 5
+	good := refreshes(200)
+	for range rounds {
+		time.Sleep(life + 100*time.Millisecond) // for the access tokens of both tabs to expire
+		both(func(x *tab) {
+			lists := x.count("GET /auth/sessions 200")
+			x.click("#refresh button")
+			eventually(t, 20*time.Second, "a fresh list", func() bool { return x.count("GET /auth/sessions 200") > lists })
+		})
+	}
+	t.Logf("two tabs with expired tokens, %d times: %d refreshes", rounds, refreshes(200)-good)
+	if n := refreshes(200) - good; n < rounds {
+		t.Errorf("%d refreshes in %d rounds: the tokens had not expired", n, rounds)
+	}
+	for range rounds {
+		both(func(x *tab) {
+			x.do(chromedp.Reload())
+			x.signedIn(ada)
+		})
+	}
+	if n := refreshes(401) - lost; n > 0 {
+		t.Errorf("%d refreshes lost a race, in spite of the lock", n)
+	}
+
+	tabs[0].click("#logout button")
+	tabs[0].see("#status", "You are logged out.")
+	tabs[1].see("#status", "You have been logged out.")
+	tabs[1].shot("logged-out-elsewhere")
+
+	tabs[1].fill("#login-email", ada, "#login-password", password)
+	both(func(x *tab) { x.signedIn(ada) })
+}
+
+// Two tabs without Web Locks and without a way to talk, both held back until their refreshes can leave at once.
+func TestBrowserLostRace(t *testing.T) {
+	t.Parallel()
+	origin, _ := site(t, vars{"RATE_LIMIT_MAX": "10000"})
+	browser := chromium(t)
+	tabs := []*tab{newTab(t, browser), newTab(t, browser)}
+	tabs[0].signup(origin, ada)
+	for _, x := range tabs {
+		script := page.AddScriptToEvaluateOnNewDocumentParams{Source: `
+			LockManager.prototype.request = async (name, work) => work();
+			const alone = crypto.randomUUID();
+			window.BroadcastChannel = class extends BroadcastChannel { constructor(name) { super(name + alone); } };`}
+		if _, err := chromedp.Call(x.ctx, page.AddScriptToEvaluateOnNewDocument, script); err != nil {
+			t.Fatal(err)
+		}
+		x.open(origin)
+		x.signedIn(ada)
+	}
+	lost := func() int { return tabs[0].count("POST /auth/refresh 401") + tabs[1].count("POST /auth/refresh 401") }
+	before, rounds := lost(), 0
+	for ; lost() == before && rounds < 50; rounds++ {
+		raceRefreshes(t, tabs)
+		for _, x := range tabs {
+			x.signedIn(ada)
+		}
+	}
+	if lost() == before {
+		t.Fatalf("no race was lost in %d rounds", rounds)
+	}
+	t.Logf("a race was lost in round %d, and both tabs stayed logged in", rounds)
+}
+
+func raceRefreshes(t *testing.T, tabs []*tab) {
+	t.Helper()
+	var ready, wg sync.WaitGroup
+	ready.Add(len(tabs))
+	for _, x := range tabs {
+		ctx, cancel := context.WithTimeout(x.ctx, 20*time.Second)
+		defer cancel()
+		paused := make(chan fetch.RequestID, 10)
+		if err := chromedp.Listen(ctx, func(event any) {
+			if e, ok := event.(*fetch.EventRequestPaused); ok {
+				paused <- e.RequestID
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		pattern := fetch.EnableParams{Patterns: []*fetch.RequestPattern{{URLPattern: "*/auth/refresh"}}}
+		if _, err := chromedp.Call(ctx, fetch.Enable, pattern); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			x.do(chromedp.Reload())
+			id := <-paused
+			ready.Done()
+			ready.Wait()
+			if _, err := chromedp.Call(ctx, fetch.ContinueRequest, fetch.ContinueRequestParams{RequestID: id}); err != nil {
+				t.Error(err)
+			}
+			if _, err := chromedp.Call(ctx, fetch.Disable, cdp.Empty{}); err != nil { // lets what comes after pass
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestBrowserDevices(t *testing.T) {
+	t.Parallel()
+	origin, api := site(t, vars{})
+	browser := chromium(t)
+	laptop, phone := device(t, browser), device(t, browser)
+	const agent = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_3 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/18.3 Mobile/15E148 Safari/604.1"
+	if _, err := chromedp.Call(phone.ctx, emulation.SetUserAgentOverride, emulation.SetUserAgentOverrideParams{UserAgent: agent}); err != nil {
+		t.Fatal(err)
+	}
+	laptop.signup(origin, ada)
+
+	phone.login(origin, ada, password)
+	laptop.click("#refresh button")
+	laptop.see("#sessions", "Safari on iPhone")
+	laptop.shot("sessions")
+	laptop.click("#sessions button")
+	laptop.see("#status", "Safari on iPhone has been logged out.")
+	laptop.shot("session-revoked")
+	phone.click("#refresh button")
+	phone.see("#status", "You have been logged out.")
+	if phone.cookie(api) != nil {
+		t.Error("the cookie outlives its session")
+	}
+
+	phone.login(origin, ada, password)
+	laptop.fill("#current-password", "a wrong guess", "#new-password", "short")
+	laptop.see("#new-password-error", "")
+	laptop.shot("password-errors")
+	const changed = "staple of the house"
+	laptop.fill("#current-password", "a wrong guess", "#new-password", changed)
+	laptop.see("#current-password-error", "This is not your password")
+	laptop.fill("#current-password", password, "#new-password", changed)
+	laptop.see("#status", "Your password is changed")
+	laptop.shot("password-changed")
+	phone.do(chromedp.Reload())
+	phone.see("#view-login h1", "Log in")
+	phone.fill("#login-email", ada, "#login-password", password)
+	phone.see("#login .problem", "Invalid")
+	phone.login(origin, ada, changed)
+	laptop.do(chromedp.Reload())
+	laptop.signedIn(ada)
+
+	phone.click("#revoke-all button")
+	phone.see("#status", "You are logged out everywhere.")
+	laptop.click("#refresh button")
+	laptop.see("#status", "You have been logged out.")
+
+	laptop.login(origin, ada, changed)
+	laptop.fill("#delete-password", "a wrong guess")
+	laptop.see("#delete-password-error", "This is not your password")
+	laptop.shot("delete-wrong")
+	laptop.fill("#delete-password", changed)
+	laptop.see("#status", "Your account is deleted.")
+	laptop.shot("deleted")
+	laptop.fill("#login-email", ada, "#login-password", changed)
+	laptop.see("#login .problem", "Invalid")
+}
+
+// The same page from a third origin, in the browser of a user who is logged in: to the browser it is the same site, so
+// that it sends the cookie along, and only the server can refuse.
+func TestBrowserOtherOrigin(t *testing.T) {
+	t.Parallel()
+	origin, api := site(t, vars{})
+	foreign := listen(t)
+	servePage(t, foreign, api)
+	browser := chromium(t)
+	x := newTab(t, browser)
+	x.signup(origin, ada)
+	before := x.cookie(api).Value
+
+	evil := newTab(t, browser)
+	evil.open(originOf(foreign))
+	evil.see("#resume .problem", "The server cannot be reached")
+	evil.shot("other-origin")
+	if evil.count("POST /auth/refresh 403") != 1 {
+		t.Errorf("a refresh from another origin was not answered with 403: %q", evil.answers)
+	}
+
+	// What needs no preflight leaves the browser; the script may not see the answer.
+	if kind := js[string](evil, fmt.Sprintf(`fetch(%q, { method: 'POST', mode: 'no-cors', credentials: 'include' }).then((r) => r.type)`,
+		api+"/auth/logout")); kind != "opaque" {
+		t.Errorf("the answer to another origin is %s", kind)
+	}
+	eventually(t, 10*time.Second, "403 for a logout from another origin", func() bool { return evil.count("POST /auth/logout 403") == 1 })
+
+	// What needs one does not.
+	for _, request := range []string{
+		`'/auth/login', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: '{}' }`,
+		`'/auth/sessions', { method: 'DELETE' }`,
+		`'/auth/me', { headers: { Authorization: 'Bearer x' } }`,
+	} {
+		if got := js[string](evil, fmt.Sprintf(`((path, init) => fetch(%q + path, { ...init, credentials: 'include' })
+			.then((r) => 'status ' + r.status, (e) => e.name))(%s)`, api, request)); got != "TypeError" {
+			t.Errorf("%s from another origin: %s", request, got)
+		}
+	}
+	for _, answer := range evil.answers {
+		if !strings.HasPrefix(answer, "OPTIONS ") && !strings.HasSuffix(answer, " 403") {
+			t.Errorf("another origin got through: %s", answer)
+		}
+	}
+
+	if x.cookie(api).Value != before {
+		t.Error("another origin changed the cookie")
+	}
+	x.do(chromedp.Reload())
+	x.signedIn(ada)
+}
+
+func TestBrowserLimits(t *testing.T) {
+	t.Parallel()
+	t.Run("too many requests", func(t *testing.T) {
+		t.Parallel()
+		origin, _ := site(t, vars{"RATE_LIMIT_MAX": "8", "RATE_LIMIT_WINDOW": "6"})
+		x := newTab(t, chromium(t))
+		x.signup(origin, ada) // refresh, signup, me, sessions
+		for x.count("GET /auth/sessions 429") == 0 {
+			x.click("#refresh button")
+			x.until(`visible('#refresh .problem', '') || !document.querySelector('#refresh button').disabled`)
+		}
+		x.see("#refresh .problem", "Try again in ")
+		x.see("#refresh button", "(in ")
+		x.shot("too-many-requests")
+		if !js[bool](x, `document.querySelector('#refresh button').disabled`) {
+			t.Error("the button does not wait")
+		}
+		if wait := js[string](x, `document.querySelector('#refresh .problem').textContent.match(/Try again in ([0-9]+) s/)[1]`); wait < "1" || wait > "6" {
+			t.Errorf("the page read Retry-After as %q", wait)
+		}
+		x.until(`!document.querySelector('#refresh button').disabled`)
+		x.click("#refresh button")
+		lists := x.count("GET /auth/sessions 200")
+		eventually(t, 10*time.Second, "a list once the wait is over", func() bool { return x.count("GET /auth/sessions 200") > lists })
+	})
+	t.Run("too many wrong passwords", func(t *testing.T) {
+		t.Parallel()
+		origin, _ := site(t, vars{"LOGIN_LIMIT_MAX": "2"})
+		x := newTab(t, chromium(t))
+		x.open(origin)
+		x.see("#view-login h1", "Log in")
+		for range 2 {
+			x.fill("#login-email", ada, "#login-password", "a wrong guess")
+			x.see("#login .problem", "Invalid")
+		}
+		x.fill("#login-email", ada, "#login-password", "a wrong guess")
+		x.see("#login .problem", "Try again in 15 min")
+		x.shot("too-many-attempts")
+	})
+}

@@ -105,7 +105,7 @@ async function attempt(form, action) {
     wait = error.retryAfter ?? 0;
     explain(form, error);
   }
-  if (wait > 0) await countdown(button, wait);
+  if (wait > 0) await countdown(form, button, wait);
   button.disabled = false;
 }
 
@@ -130,19 +130,28 @@ function explain(form, error) {
 
 const span = (seconds) => (seconds < 120 ? `${seconds} s` : `${Math.ceil(seconds / 60)} min`);
 
-/** Counts down on the button: the message itself stays as it is, or a screen reader would read it every second. */
-function countdown(button, seconds) {
+/**
+ * Counts down on the button: the message itself stays as it is, or a screen reader would read it every second. Another
+ * input ends the wait, for the limit may be that of one account.
+ */
+function countdown(form, button, seconds) {
   const label = button.textContent;
   const end = Date.now() + seconds * 1000;
   return new Promise((resolve) => {
-    const tick = () => {
-      const left = Math.ceil((end - Date.now()) / 1000);
-      button.textContent = left > 0 ? `${label} (in ${span(left)})` : label;
-      if (left > 0) return setTimeout(tick, 250);
-      clean(button.form);
+    const stop = () => {
+      clearInterval(timer);
+      button.textContent = label;
+      clean(form);
       resolve();
     };
+    const tick = () => {
+      const left = Math.ceil((end - Date.now()) / 1000);
+      if (left <= 0) return stop();
+      button.textContent = `${label} (in ${span(left)})`;
+    };
+    const timer = setInterval(tick, 250);
     tick();
+    form.addEventListener('input', stop, { once: true });
   });
 }
 

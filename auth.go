@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"mime"
 	"net/http"
 	"net/mail"
@@ -23,14 +24,12 @@ import (
 const (
 	maxBodyBytes     = 100 << 10
 	maxEmailBytes    = 254 // RFC 5321 section 4.5.3.1.3, less the angle brackets
-	minPasswordBytes = 8
-	maxPasswordBytes = 72 // all that bcrypt reads
+	maxPasswordBytes = 72  // all that bcrypt reads
 	maxAgentBytes    = 256
-
-	cookieName = "refreshToken"
+	cookieName       = "refreshToken"
 )
 
-// auth holds what the handlers decide with.
+// auth is what the handlers decide with.
 type auth struct {
 	store           *store
 	logins          *limiter
@@ -43,9 +42,22 @@ type auth struct {
 	log             *slog.Logger
 }
 
-// ---- what is shown: tokens, cookie, body
+// answer is the body of every success but the list of sessions.
+type answer struct {
+	Message     string      `json:"message,omitempty"`
+	User        *publicUser `json:"user,omitempty"`
+	AccessToken string      `json:"accessToken,omitempty"`
+}
 
-// bearer returns the token of the Authorization header (RFC 6750 section 2.1), or "".
+type publicUser struct {
+	ID        string     `json:"id"`
+	Email     string     `json:"email"`
+	CreatedAt *timestamp `json:"createdAt,omitempty"`
+}
+
+// ---- what the caller shows
+
+// bearer returns the token of the Authorization header (RFC 6750 section 2.1), "" if there is none.
 func bearer(r *http.Request) string {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
@@ -54,86 +66,48 @@ func bearer(r *http.Request) string {
 	return strings.Trim(token, " ")
 }
 
-// verify returns the claims of a token, or the apiError that says why not.
-func verify(k keys, token string) (claims, error) {
+// verify returns the claims of a token and notes whose it is; isBearer tells which kind was refused.
+func verify(r *http.Request, k keys, token string, isBearer bool) (claims, error) {
 	if token == "" {
 		return claims{}, fail("missing_token")
 	}
 	c, err := k.verify(token, time.Now())
 	switch {
 	case errors.Is(err, errTokenExpired):
-		return claims{}, fail("token_expired")
+		return claims{}, &apiError{code: "token_expired", refused: isBearer}
 	case err != nil:
-		return claims{}, fail("invalid_token")
+		return claims{}, &apiError{code: "invalid_token", refused: isBearer}
 	}
+	aboutRequest(r).userID = c.UserID
 	return c, nil
 }
 
-// bearerClaims returns the claims of the request's access token.
-func (a *auth) bearerClaims(r *http.Request) (claims, error) {
-	token := bearer(r)
-	c, err := verify(a.access, token)
-	if e, ok := err.(*apiError); ok {
-		e.refused = token != ""
-	}
-	aboutRequest(r).userID = c.UserID
-	return c, err
-}
-
-// cookieClaims returns the claims of the request's refresh token.
+// cookieClaims returns the claims of the refresh cookie.
 func (a *auth) cookieClaims(r *http.Request) (claims, error) {
-	token := ""
-	if cookie, err := r.Cookie(cookieName); err == nil {
-		token = cookie.Value
+	cookie, err := r.Cookie(cookieName)
+	if err != nil {
+		return claims{}, fail("missing_token")
 	}
-	c, err := verify(a.refresh, token)
-	aboutRequest(r).userID = c.UserID
-	return c, err
+	return verify(r, a.refresh, cookie.Value, false)
 }
 
 // requireAuth lets a request through whose access token verifies and whose session lives.
 func (a *auth) requireAuth(next func(http.ResponseWriter, *http.Request, claims) error) http.Handler {
 	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		c, err := a.bearerClaims(r)
+		c, err := verify(r, a.access, bearer(r), true)
 		if err != nil {
 			return err
 		}
-		live, err := a.store.isLive(r.Context(), c.UserID, c.SessionID)
-		if err != nil {
+		if live, err := a.store.isLive(r.Context(), c.UserID, c.SessionID); err != nil {
 			return err
-		}
-		if !live {
+		} else if !live {
 			return &apiError{code: "session_revoked", refused: true}
 		}
 		return next(w, r, c)
 	})
 }
 
-func (a *auth) setCookie(w http.ResponseWriter, value string, maxAge int) {
-	http.SetCookie(w, &http.Cookie{Name: cookieName, Value: value, Path: "/auth", MaxAge: maxAge,
-		HttpOnly: true, Secure: a.secureCookie, SameSite: a.sameSite})
-}
-
-func (a *auth) clearCookie(w http.ResponseWriter) { a.setCookie(w, "", -1) }
-
-// giveTokens sets the refresh cookie of g and returns an access token for the same session. email is what the
-// refresh token says: the same when the token is made a second time.
-func (a *auth) giveTokens(w http.ResponseWriter, u user, g grant, email string) (access string) {
-	c := claims{UserID: u.ID, Email: email, Subject: u.ID, SessionID: g.SessionID, TokenID: g.TokenID,
-		IssuedAt: g.IssuedAt, ExpiresAt: g.ExpiresAt}
-	a.setCookie(w, a.refresh.sign(c), int(g.ExpiresAt-g.IssuedAt))
-	now := time.Now()
-	c.Email, c.TokenID, c.IssuedAt, c.ExpiresAt = u.Email, newUUID(), now.Unix(), now.Add(a.accessTTL).Unix()
-	return a.access.sign(c)
-}
-
-// fromDevice says where a session is used from.
-func fromDevice(r *http.Request) device {
-	agent := r.UserAgent()
-	return device{aboutRequest(r).ip.String(), strings.ToValidUTF8(agent[:min(len(agent), maxAgentBytes)], "")}
-}
-
-// decode reads the body as a JSON object of strings into fields, by member name. Members not asked for are ignored.
+// decode reads the body as a JSON object and the fields out of it, by member name, as strings.
 func decode(w http.ResponseWriter, r *http.Request, fields map[string]*string) error {
 	if r.ContentLength > maxBodyBytes {
 		return fail("body_too_large")
@@ -145,18 +119,43 @@ func decode(w http.ResponseWriter, r *http.Request, fields map[string]*string) e
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
 		return fail("body_too_large")
 	}
+	var members object
 	if err == nil {
-		err = readObject(data, func(name string, value []byte) (err error) {
-			if field := fields[name]; field != nil {
-				*field, err = readString(value)
-			}
-			return err
-		})
+		members, err = readObject(data)
+	}
+	for name, field := range fields {
+		*field = members.text(name, &err)
 	}
 	if err != nil {
 		return fail("invalid_json")
 	}
 	return nil
+}
+
+// device says where the request comes from.
+func deviceOf(r *http.Request) device {
+	agent := r.UserAgent()
+	return device{aboutRequest(r).ip.String(), strings.ToValidUTF8(agent[:min(len(agent), maxAgentBytes)], "")}
+}
+
+// ---- what the caller gets
+
+func (a *auth) setCookie(w http.ResponseWriter, value string, maxAge int) {
+	http.SetCookie(w, &http.Cookie{Name: cookieName, Value: value, Path: "/auth", MaxAge: maxAge,
+		HttpOnly: true, Secure: a.secureCookie, SameSite: a.sameSite})
+}
+
+func (a *auth) clearCookie(w http.ResponseWriter) { a.setCookie(w, "", -1) }
+
+// giveTokens sets the cookie of g and returns an access token of the same session. email is what the refresh
+// token says: what it said before, so that a token made a second time is the same.
+func (a *auth) giveTokens(w http.ResponseWriter, u user, g grant, email string) (access string) {
+	c := claims{UserID: u.ID, Email: email, Subject: u.ID, SessionID: g.SessionID, TokenID: g.TokenID,
+		IssuedAt: g.IssuedAt, ExpiresAt: g.ExpiresAt}
+	a.setCookie(w, a.refresh.sign(c), int(g.ExpiresAt-g.IssuedAt))
+	now := time.Now()
+	c.Email, c.TokenID, c.IssuedAt, c.ExpiresAt = u.Email, newUUID(), now.Unix(), now.Add(a.accessTTL).Unix()
+	return a.access.sign(c)
 }
 
 // ---- what is acceptable
@@ -168,14 +167,12 @@ var commonPasswordList string
 var commonPasswords = func() map[string]bool {
 	set := map[string]bool{}
 	for line := range strings.Lines(commonPasswordList) {
-		if !strings.HasPrefix(line, "#!") {
-			set[strings.TrimSuffix(line, "\n")] = true
-		}
+		set[strings.TrimSuffix(line, "\n")] = !strings.HasPrefix(line, "#!")
 	}
 	return set
 }()
 
-// normalizeEmail trims and lower-cases an address, in ASCII only: as PostgreSQL's lower() does under collation "C".
+// normalizeEmail trims and lower-cases an address, in ASCII only: as PostgreSQL does under collation "C".
 func normalizeEmail(email string) string {
 	return strings.Map(func(r rune) rune {
 		if 'A' <= r && r <= 'Z' {
@@ -205,7 +202,7 @@ func passwordFault(password string) string {
 	switch {
 	case password == "":
 		return "Password is required"
-	case len(password) < minPasswordBytes:
+	case len(password) < 8:
 		return "Password must be at least 8 bytes"
 	case len(password) > maxPasswordBytes:
 		return "Password must be at most 72 bytes"
@@ -217,7 +214,7 @@ func passwordFault(password string) string {
 	return ""
 }
 
-// required says that a field is missing, "" if it is there.
+// required says that a value is missing, "" if it is there.
 func required(value string) string {
 	if value == "" {
 		return "This field is required"
@@ -225,13 +222,9 @@ func required(value string) string {
 	return ""
 }
 
-// validate returns validation_failed with the faults that are not "", or nil if none is.
+// validate returns validation_failed with the faults that are not "", nil if none is.
 func validate(faults map[string]string) error {
-	for field, fault := range faults {
-		if fault == "" {
-			delete(faults, field)
-		}
-	}
+	maps.DeleteFunc(faults, func(_, fault string) bool { return fault == "" })
 	if len(faults) == 0 {
 		return nil
 	}
@@ -241,9 +234,8 @@ func validate(faults map[string]string) error {
 // ---- password hashing
 
 const (
-	hashWait   = 2 * time.Second // longest wait for a slot
-	hashQueue  = 256             // most that wait at once: they hold memory
-	bcryptName = "$2b$"          // what the backend before this one writes; x/crypto writes the same under $2a$
+	hashWait  = 2 * time.Second // longest wait for a slot
+	hashQueue = 256             // most that wait at once
 )
 
 // hasher computes bcrypt in a fixed number of slots, so that logins cannot take the processors from all else.
@@ -254,9 +246,8 @@ type hasher struct {
 	waiting, refused atomic.Int64
 }
 
-func newHasher(slots, cost int) (*hasher, error) {
-	h := &hasher{slots: make(chan struct{}, slots), cost: cost}
-	var err error
+func newHasher(slots, cost int) (h *hasher, err error) {
+	h = &hasher{slots: make(chan struct{}, slots), cost: cost}
 	h.dummy, err = h.hash(context.Background(), newUUID())
 	return h, err
 }
@@ -265,31 +256,34 @@ func newHasher(slots, cost int) (*hasher, error) {
 func (h *hasher) run(ctx context.Context, fn func()) error {
 	ctx, cancel := context.WithTimeout(ctx, hashWait)
 	defer cancel()
-	defer h.waiting.Add(-1)
-	if h.waiting.Add(1) <= hashQueue {
-		select {
-		case h.slots <- struct{}{}:
-			defer func() { <-h.slots }()
-			fn()
-			return nil
-		case <-ctx.Done():
-		}
+	if h.waiting.Add(1) > hashQueue {
+		cancel()
 	}
-	h.refused.Add(1)
-	return &apiError{code: "overloaded", cause: errors.New("no hashing slot")}
+	select {
+	case h.slots <- struct{}{}:
+		h.waiting.Add(-1)
+		defer func() { <-h.slots }()
+		fn()
+		return nil
+	case <-ctx.Done():
+		h.waiting.Add(-1)
+		h.refused.Add(1)
+		return &apiError{code: "overloaded", cause: errors.New("no hashing slot")}
+	}
 }
 
-// hash returns the bcrypt hash of an acceptable password.
+// hash returns the bcrypt hash of an acceptable password, under the name that the backend before this one
+// writes: x/crypto computes what it calls $2a$ as $2b$ is defined.
 func (h *hasher) hash(ctx context.Context, password string) (hash string, err error) {
 	slotErr := h.run(ctx, func() {
 		var b []byte
 		b, err = bcrypt.GenerateFromPassword([]byte(password), h.cost)
-		hash = bcryptName + strings.TrimPrefix(string(b), "$2a$")
+		hash = "$2b$" + strings.TrimPrefix(string(b), "$2a$")
 	})
 	return hash, errors.Join(slotErr, err)
 }
 
-// matches reports whether password is the one of hash. It takes as long for no hash at all, and for a
+// matches reports whether password is the one of hash. It takes as long where there is no hash, and for a
 // password that cannot be right because bcrypt would not read all of it.
 func (h *hasher) matches(ctx context.Context, hash, password string) (ok bool, err error) {
 	possible := len(password) <= maxPasswordBytes && !strings.ContainsRune(password, 0)
@@ -300,69 +294,42 @@ func (h *hasher) matches(ctx context.Context, hash, password string) (ok bool, e
 	return ok && possible, err
 }
 
-// checkPassword runs then with the user that find finds, if password is theirs. It counts the attempt
-// beforehand, and gives it back if it succeeds or cannot be judged. find and then may be called again, where the
-// password hash changed between the two (errStale).
-func (a *auth) checkPassword(r *http.Request, email, password string, find func() (user, error), then func(user) error) error {
+// withPassword calls then with the user that find finds, if password is theirs, else it is invalid_credentials.
+// The attempt is counted beforehand, and given back if it succeeds or cannot be judged. Where the password hash
+// has changed by the time then uses it (errStale), all is done again.
+func (a *auth) withPassword(r *http.Request, email, password string, find func() (user, error), then func(user) error) error {
 	ip := aboutRequest(r).ip
 	wait, err := a.logins.attempt(r.Context(), email, ip)
-	if err != nil {
+	switch {
+	case err != nil:
 		return fmt.Errorf("%w: login limit: %v", errUnavailable, err)
-	}
-	if wait > 0 {
-		a.metrics.count("latchkey_login_limited_total", "")
+	case wait > 0:
+		a.metrics.count("latchkey_login_limited_total")
 		return &apiError{code: "too_many_attempts", retryAfter: wait}
 	}
-	for range 3 {
-		if err = a.tryPassword(r, password, find, then); !errors.Is(err, errStale) {
+	ok := false
+	err = errStale
+	for tries := 0; tries < 3 && errors.Is(err, errStale); tries++ {
+		var u user
+		if u, err = find(); err != nil && !errors.Is(err, errNoUser) {
 			break
 		}
-	}
-	if e := (*apiError)(nil); errors.As(err, &e) && e.code == "invalid_credentials" {
-		return err
+		if ok, err = a.hasher.matches(r.Context(), u.PasswordHash, password); err != nil {
+			break
+		}
+		if !ok {
+			return fail("invalid_credentials")
+		}
+		aboutRequest(r).userID = u.ID
+		err = then(u)
 	}
 	if backErr := a.logins.giveBack(r.Context(), email, ip, err == nil); backErr != nil {
-		a.log.Warn("login attempt not given back", "requestId", aboutRequest(r).id, "error", backErr)
+		a.log.Warn("login attempt not given back", "requestId", aboutRequest(r).id, "cause", backErr)
 	}
 	return err
 }
 
-func (a *auth) tryPassword(r *http.Request, password string, find func() (user, error), then func(user) error) error {
-	u, err := find()
-	if err != nil && !errors.Is(err, errNoUser) {
-		return err
-	}
-	ok, err := a.hasher.matches(r.Context(), u.PasswordHash, password)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		return fail("invalid_credentials")
-	}
-	aboutRequest(r).userID = u.ID
-	return then(u)
-}
-
 // ---- handlers
-
-// timestamp is how the API writes a time: RFC 3339 in UTC with milliseconds, as JavaScript does.
-func timestamp(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000Z") }
-
-type publicUser struct {
-	ID        string `json:"id"`
-	Email     string `json:"email"`
-	CreatedAt string `json:"createdAt,omitempty"`
-}
-
-type signedIn struct {
-	Message     string     `json:"message"`
-	User        publicUser `json:"user"`
-	AccessToken string     `json:"accessToken"`
-}
-
-type message struct {
-	Message string `json:"message"`
-}
 
 func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 	var email, password string
@@ -377,7 +344,7 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	u, g, err := a.store.createUser(r.Context(), email, hash, newUUID(), newUUID(), fromDevice(r))
+	u, g, err := a.store.createUser(r.Context(), email, hash, newUUID(), newUUID(), deviceOf(r))
 	if errors.Is(err, errEmailExists) {
 		return fail("email_exists")
 	}
@@ -385,9 +352,8 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	aboutRequest(r).userID = u.ID
-	access := a.giveTokens(w, u, g, u.Email)
-	writeJSON(w, http.StatusCreated, signedIn{"User created successfully",
-		publicUser{u.ID, u.Email, timestamp(u.CreatedAt)}, access})
+	writeJSON(w, http.StatusCreated, answer{"User created successfully", &publicUser{u.ID, u.Email, &u.CreatedAt},
+		a.giveTokens(w, u, g, u.Email)})
 	return nil
 }
 
@@ -400,20 +366,14 @@ func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
 	if err := validate(map[string]string{"email": required(email), "password": required(password)}); err != nil {
 		return err
 	}
-	find := func() (user, error) {
-		if strings.ContainsRune(email, 0) { // no text in PostgreSQL
-			return user{}, errNoUser
-		}
-		return a.store.userByEmail(r.Context(), email)
-	}
-	return a.checkPassword(r, email, password, find, func(u user) error {
-		g, err := a.store.openSession(r.Context(), u, newUUID(), newUUID(), fromDevice(r))
+	find := func() (user, error) { return a.store.userByEmail(r.Context(), email) }
+	return a.withPassword(r, email, password, find, func(u user) error {
+		g, err := a.store.openSession(r.Context(), u, newUUID(), newUUID(), deviceOf(r))
 		if err != nil {
 			return err
 		}
 		a.upgradeHash(r, u, password)
-		access := a.giveTokens(w, u, g, u.Email)
-		writeJSON(w, http.StatusOK, signedIn{"Login successful", publicUser{ID: u.ID, Email: u.Email}, access})
+		writeJSON(w, http.StatusOK, answer{"Login successful", &publicUser{u.ID, u.Email, nil}, a.giveTokens(w, u, g, u.Email)})
 		return nil
 	})
 }
@@ -428,8 +388,8 @@ func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 	if err == nil {
 		err = a.store.rehash(r.Context(), u, hash)
 	}
-	if err != nil && !errors.Is(err, errStale) {
-		a.log.Warn("password not rehashed", "requestId", aboutRequest(r).id, "error", err)
+	if err != nil {
+		a.log.Warn("password not rehashed", "requestId", aboutRequest(r).id, "cause", err)
 	}
 }
 
@@ -439,58 +399,49 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 		a.clearCookie(w)
 		return err
 	}
-	// PostgreSQL first: while it is down no refresh token is used up.
-	u, err := a.store.userByID(r.Context(), c.UserID)
-	if errors.Is(err, errNoUser) {
-		if _, err := a.store.revoke(r.Context(), c.UserID, c.SessionID); err != nil {
-			return err
-		}
-		a.clearCookie(w)
-		return fail("session_revoked")
-	}
-	if err != nil {
-		return err
-	}
-	g, err := a.store.rotate(r.Context(), u, c.SessionID, c.TokenID, newUUID(), fromDevice(r))
+	var g grant
+	u, err := a.store.userByID(r.Context(), c.UserID) // first: with PostgreSQL down no token is used up
 	switch {
-	case errors.Is(err, errReused): // two tabs raced: the other one has the cookie's successor
-		a.metrics.count("latchkey_refresh_total", `{outcome="reused"}`)
-		return fail("refresh_reused")
+	case err == nil:
+		g, err = a.store.rotate(r.Context(), u, c.SessionID, c.TokenID, newUUID(), deviceOf(r))
+	case errors.Is(err, errNoUser):
+		if _, revokeErr := a.store.revoke(r.Context(), c.UserID, c.SessionID); revokeErr != nil {
+			return revokeErr
+		}
+	}
+	outcome := "rotated"
+	switch {
+	case errors.Is(err, errReused): // two tabs raced, and the other one has the new cookie: leave it alone
+		outcome, err = "reused", fail("refresh_reused")
 	case errors.Is(err, errTheft):
-		a.metrics.count("latchkey_refresh_total", `{outcome="theft"}`)
-		a.log.Warn("refresh token reused after its leeway: session revoked", "requestId", aboutRequest(r).id, "userId", u.ID)
+		outcome, err = "theft", fail("refresh_reused")
 		a.clearCookie(w)
-		return fail("refresh_reused")
-	case errors.Is(err, errNoSession):
+	case errors.Is(err, errNoSession), errors.Is(err, errNoUser):
 		a.clearCookie(w)
 		return fail("session_revoked")
 	case err != nil:
 		return err
+	case g.Resent:
+		outcome = "resent"
 	}
-	outcome := `{outcome="rotated"}`
-	if g.Resent {
-		outcome = `{outcome="resent"}`
+	a.metrics.count(`latchkey_refresh_total{outcome="` + outcome + `"}`)
+	if err != nil {
+		return err
 	}
-	a.metrics.count("latchkey_refresh_total", outcome)
-	writeJSON(w, http.StatusOK, struct {
-		AccessToken string `json:"accessToken"`
-	}{a.giveTokens(w, u, g, c.Email)})
+	writeJSON(w, http.StatusOK, answer{AccessToken: a.giveTokens(w, u, g, c.Email)})
 	return nil
 }
 
+// logout ends the session of the access token or, where that is missing or expired, of the cookie.
 func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
-	c, err := a.bearerClaims(r)
-	if e, ok := err.(*apiError); ok && e.code != "invalid_token" {
-		// No access token, or one past its time: the cookie may speak for it.
-		if _, cookieErr := r.Cookie(cookieName); cookieErr == nil {
-			c, err = a.cookieClaims(r)
-		}
+	c, err := verify(r, a.access, bearer(r), true)
+	if _, cookieErr := r.Cookie(cookieName); cookieErr == nil && err != nil && err.(*apiError).code != "invalid_token" {
+		c, err = a.cookieClaims(r)
 	}
 	if err == nil {
 		var ended int
-		ended, err = a.store.revoke(r.Context(), c.UserID, c.SessionID)
-		if err != nil {
-			return err
+		if ended, err = a.store.revoke(r.Context(), c.UserID, c.SessionID); err != nil {
+			return err // the cookie stays: the session may live
 		}
 		if ended == 0 {
 			err = &apiError{code: "session_revoked", refused: bearer(r) != ""}
@@ -500,23 +451,12 @@ func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	writeJSON(w, http.StatusOK, message{"Logout successful"})
+	writeJSON(w, http.StatusOK, answer{Message: "Logout successful"})
 	return nil
 }
 
-func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
-	u, err := a.accountOf(r, c)
-	if err != nil {
-		return err
-	}
-	writeJSON(w, http.StatusOK, struct {
-		User publicUser `json:"user"`
-	}{publicUser{u.ID, u.Email, timestamp(u.CreatedAt)}})
-	return nil
-}
-
-// accountOf returns the user whose token it is, or user_not_found.
-func (a *auth) accountOf(r *http.Request, c claims) (user, error) {
+// account returns the user whose token it is, or user_not_found.
+func (a *auth) account(r *http.Request, c claims) (user, error) {
 	u, err := a.store.userByID(r.Context(), c.UserID)
 	if errors.Is(err, errNoUser) {
 		return user{}, fail("user_not_found")
@@ -524,26 +464,21 @@ func (a *auth) accountOf(r *http.Request, c claims) (user, error) {
 	return u, err
 }
 
-func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) error {
-	sessions, err := a.store.sessions(r.Context(), c.UserID)
+func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
+	u, err := a.account(r, c)
 	if err != nil {
 		return err
 	}
-	type publicSession struct {
-		ID         string `json:"id"`
-		CreatedAt  string `json:"createdAt"`
-		LastUsedAt string `json:"lastUsedAt"`
-		IP         string `json:"ip"`
-		UserAgent  string `json:"userAgent"`
-		Current    bool   `json:"current"`
+	writeJSON(w, http.StatusOK, answer{User: &publicUser{u.ID, u.Email, &u.CreatedAt}})
+	return nil
+}
+
+func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) error {
+	sessions, err := a.store.sessions(r.Context(), c.UserID, c.SessionID)
+	if err != nil {
+		return err
 	}
-	list := []publicSession{}
-	for _, s := range sessions {
-		list = append(list, publicSession{s.ID, timestamp(s.CreatedAt), timestamp(s.LastUsedAt), s.IP, s.UserAgent, s.ID == c.SessionID})
-	}
-	writeJSON(w, http.StatusOK, struct {
-		Sessions []publicSession `json:"sessions"`
-	}{list})
+	writeJSON(w, http.StatusOK, map[string][]session{"sessions": sessions})
 	return nil
 }
 
@@ -562,7 +497,7 @@ func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) e
 	if sid == c.SessionID {
 		a.clearCookie(w)
 	}
-	writeJSON(w, http.StatusOK, message{"Session revoked"})
+	writeJSON(w, http.StatusOK, answer{Message: "Session revoked"})
 	return nil
 }
 
@@ -571,9 +506,11 @@ func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) 
 		return err
 	}
 	a.clearCookie(w)
-	writeJSON(w, http.StatusOK, message{"All sessions revoked"})
+	writeJSON(w, http.StatusOK, answer{Message: "All sessions revoked"})
 	return nil
 }
+
+// A wrong password on the account routes counts as a failed login.
 
 func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) error {
 	var current, next string
@@ -583,7 +520,8 @@ func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) 
 	if err := validate(map[string]string{"currentPassword": required(current), "newPassword": passwordFault(next)}); err != nil {
 		return err
 	}
-	return a.confirm(r, c, current, func(u user) error {
+	find := func() (user, error) { return a.account(r, c) }
+	return a.withPassword(r, normalizeEmail(c.Email), current, find, func(u user) error {
 		hash, err := a.hasher.hash(r.Context(), next)
 		if err != nil {
 			return err
@@ -591,7 +529,7 @@ func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) 
 		if err := a.store.changePassword(r.Context(), u, hash, c.SessionID); err != nil {
 			return err
 		}
-		writeJSON(w, http.StatusOK, message{"Password changed"})
+		writeJSON(w, http.StatusOK, answer{Message: "Password changed"})
 		return nil
 	})
 }
@@ -604,18 +542,13 @@ func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) e
 	if err := validate(map[string]string{"password": required(password)}); err != nil {
 		return err
 	}
-	return a.confirm(r, c, password, func(u user) error {
+	find := func() (user, error) { return a.account(r, c) }
+	return a.withPassword(r, normalizeEmail(c.Email), password, find, func(u user) error {
 		if err := a.store.deleteUser(r.Context(), u, c.SessionID); err != nil {
 			return err
 		}
 		a.clearCookie(w)
-		writeJSON(w, http.StatusOK, message{"Account deleted"})
+		writeJSON(w, http.StatusOK, answer{Message: "Account deleted"})
 		return nil
 	})
-}
-
-// confirm runs then if password is the account's. A failure counts as a failed login on it.
-func (a *auth) confirm(r *http.Request, c claims, password string, then func(user) error) error {
-	find := func() (user, error) { return a.accountOf(r, c) }
-	return a.checkPassword(r, normalizeEmail(c.Email), password, find, then)
 }

@@ -5,12 +5,12 @@ package main
 // the clock is a parameter, and nothing here knows of HTTP or of the rest of the server.
 
 import (
-	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -57,7 +57,7 @@ func (k keys) sign(c claims) string {
 		panic(err) // strings and integers always encode
 	}
 	signed := jwtHeader + base64url.EncodeToString(payload)
-	return signed + "." + signature(k.current, signed)
+	return signed + "." + string(signature(k.current, signed))
 }
 
 // verify returns the claims of token if it is well formed, signed with one of k and not expired at now;
@@ -70,8 +70,8 @@ func (k keys) verify(token string, now time.Time) (claims, error) {
 	// The signature before all else: nothing of a forged token is ever parsed (RFC 8725 section 3.3).
 	// Comparing its encoding also refuses every other spelling of it.
 	signed, given := token[:dot], []byte(token[dot+1:])
-	if !hmac.Equal(given, []byte(signature(k.current, signed))) &&
-		(k.previous == nil || !hmac.Equal(given, []byte(signature(k.previous, signed)))) {
+	if !hmac.Equal(given, signature(k.current, signed)) &&
+		(len(k.previous) == 0 || !hmac.Equal(given, signature(k.previous, signed))) {
 		return claims{}, errTokenInvalid
 	}
 	payload, ok := strings.CutPrefix(signed, jwtHeader) // "none", other algorithms, "crit", other spellings
@@ -82,10 +82,16 @@ func (k keys) verify(token string, now time.Time) (claims, error) {
 	if err != nil {
 		return claims{}, errTokenInvalid
 	}
-	c, notBefore, err := readClaims(data)
+	members, err := readObject(data)
+	c := claims{ // members that are not asked for are ignored (RFC 7519 section 4)
+		UserID: members.text("userId", &err), Email: members.text("email", &err), Subject: members.text("sub", &err),
+		SessionID: members.text("sid", &err), TokenID: members.text("jti", &err),
+		IssuedAt: members.integer("iat", 0, &err), ExpiresAt: members.integer("exp", math.MinInt64, &err),
+	}
+	notBefore := members.integer("nbf", math.MinInt64, &err)
 	switch {
 	case err != nil, c.UserID == "", c.SessionID == "", c.TokenID == "", c.Subject != c.UserID,
-		notBefore > now.Unix(): // RFC 7519 section 4.1.5
+		c.ExpiresAt == math.MinInt64, notBefore > now.Unix(): // RFC 7519 section 4.1.5
 		return claims{}, errTokenInvalid
 	case c.ExpiresAt <= now.Unix(): // "on or after which": RFC 7519 section 4.1.4
 		return claims{}, errTokenExpired
@@ -94,116 +100,110 @@ func (k keys) verify(token string, now time.Time) (claims, error) {
 }
 
 // signature returns the base64url HMAC-SHA-256 of signed (RFC 7518 section 3.2).
-func signature(key []byte, signed string) string {
+func signature(key []byte, signed string) []byte {
 	mac := hmac.New(sha256.New, key)
 	mac.Write([]byte(signed))
-	return base64url.EncodeToString(mac.Sum(nil))
+	return base64url.AppendEncode(nil, mac.Sum(nil))
 }
 
-// readClaims reads a payload, and its nbf apart. Members it does not know are ignored (RFC 7519
-// section 4); a known one of another type, a time that is no integer and a missing exp are errors.
-func readClaims(data []byte) (c claims, notBefore int64, err error) {
-	expires := false
-	err = readObject(data, func(name string, value []byte) (err error) {
-		switch name {
-		case "userId":
-			c.UserID, err = readString(value)
-		case "email":
-			c.Email, err = readString(value)
-		case "sub":
-			c.Subject, err = readString(value)
-		case "sid":
-			c.SessionID, err = readString(value)
-		case "jti":
-			c.TokenID, err = readString(value)
-		case "iat":
-			c.IssuedAt, err = readInt(value)
-		case "nbf":
-			notBefore, err = readInt(value)
-		case "exp":
-			c.ExpiresAt, err = readInt(value)
-			expires = true
-		}
-		return err
-	})
-	if err == nil && !expires {
-		err = errJSON
+// readObject returns the raw values of the members of the JSON object that data is. What encoding/json lets
+// through, and two readers may read in two ways, is errJSON: a member given twice, at any depth (RFC 7493
+// section 2.3), and text that is no UTF-8, also by way of an unpaired surrogate escape (section 2.1). Names keep
+// their case.
+func readObject(data []byte) (object, error) {
+	text := skipSpace(string(data))
+	if !json.Valid(data) || !utf8.Valid(data) || text[0] != '{' {
+		return nil, errJSON
 	}
-	return c, notBefore, err
+	members := make(object, 8)
+	_, err := readMembers(text, members)
+	return members, err
 }
 
-// readObject calls member with the name and the raw value of each member of the JSON object that data
-// is. What encoding/json lets through, and two readers may read in two ways, is errJSON: a member given
-// twice, at any depth (RFC 7493 section 2.3), and text that is no UTF-8, also by way of an unpaired
-// surrogate escape (section 2.1). Names are matched by the caller, with their exact case.
-func readObject(data []byte, member func(name string, value []byte) error) error {
-	data = skipSpace(data)
-	if !json.Valid(data) || !utf8.Valid(data) || data[0] != '{' {
-		return errJSON
+// object is the raw values of members, by name.
+type object map[string]string
+
+// text returns a member that is a string, "" if there is none; a member of another type sets err.
+func (o object) text(name string, err *error) string {
+	value, given := o[name]
+	if given && value[0] != '"' {
+		*err = errJSON
 	}
-	_, err := object(data, member)
-	return err
+	if *err != nil || !given {
+		return ""
+	}
+	return unquote(value)
 }
 
-// object reads the object that valid JSON data begins with and returns what is behind it.
-func object(data []byte, member func(name string, value []byte) error) (rest []byte, err error) {
-	seen := make(map[string]struct{}, 8)
+// integer returns a member that is a whole number without an exponent, fallback if there is none; any other
+// value sets err.
+func (o object) integer(name string, fallback int64, err *error) int64 {
+	value, given := o[name]
+	if !given {
+		return fallback
+	}
+	n, bad := strconv.ParseInt(value, 10, 64)
+	if bad != nil {
+		*err = errJSON
+	}
+	return n
+}
+
+// readMembers reads the object that valid JSON data begins with into members and returns what is behind it.
+func readMembers(data string, members object) (rest string, err error) {
 	for data = skipSpace(data[1:]); data[0] != '}'; data = skipSpace(data) {
 		if data[0] == ',' {
 			data = skipSpace(data[1:])
 		}
-		if rest, err = text(data); err != nil {
-			return nil, err
+		if rest, err = readText(data); err != nil {
+			return "", err
 		}
-		name, err := readString(data[:len(data)-len(rest)])
-		if err != nil {
-			return nil, err
-		}
-		if _, twice := seen[name]; twice {
-			return nil, errJSON
-		}
-		seen[name] = struct{}{}
+		name := unquote(data[:len(data)-len(rest)])
 		data = skipSpace(skipSpace(rest)[1:]) // the colon
-		if rest, err = value(data); err != nil {
-			return nil, err
+		if rest, err = readValue(data); err != nil {
+			return "", err
 		}
-		if err = member(name, data[:len(data)-len(rest)]); err != nil {
-			return nil, err
+		if _, twice := members[name]; twice {
+			return "", errJSON
 		}
-		data = rest
+		members[name], data = data[:len(data)-len(rest)], rest
 	}
 	return data[1:], nil
 }
 
-// value reads the value that valid JSON data begins with and returns what is behind it.
-func value(data []byte) (rest []byte, err error) {
+// readValue reads the value that valid JSON data begins with and returns what is behind it.
+func readValue(data string) (rest string, err error) {
 	switch data[0] {
 	case '"':
-		return text(data)
+		return readText(data)
 	case '{':
-		return object(data, func(string, []byte) error { return nil })
+		return readMembers(data, object{})
 	case '[':
 		for data = skipSpace(data[1:]); data[0] != ']'; data = skipSpace(data) {
 			if data[0] == ',' {
 				data = skipSpace(data[1:])
 			}
-			if data, err = value(data); err != nil {
-				return nil, err
+			if data, err = readValue(data); err != nil {
+				return "", err
 			}
 		}
 		return data[1:], nil
 	}
-	end := bytes.IndexAny(data, ",]} \t\r\n") // a number, true, false or null
-	return data[end:], nil
+	for i, c := range []byte(data) { // a number, true, false or null
+		if c == ',' || c == ']' || c == '}' || c <= ' ' {
+			return data[i:], nil
+		}
+	}
+	return "", errJSON
 }
 
-// text reads the string that valid JSON data begins with and returns what is behind it.
-func text(data []byte) (rest []byte, err error) {
+// readText reads the string that valid JSON data begins with and returns what is behind it.
+func readText(data string) (rest string, err error) {
 	unit := func(at int) rune { // the UTF-16 unit escaped at data[at:], 0 where there is none
 		if data[at] != '\\' || data[at+1] != 'u' {
 			return 0
 		}
-		n, _ := strconv.ParseUint(string(data[at+2:at+6]), 16, 16)
+		n, _ := strconv.ParseUint(data[at+2:at+6], 16, 16)
 		return rune(n)
 	}
 	for i := 1; ; i++ {
@@ -213,7 +213,7 @@ func text(data []byte) (rest []byte, err error) {
 		case '\\':
 			if high := unit(i); utf16.IsSurrogate(high) {
 				if utf16.DecodeRune(high, unit(i+6)) == utf8.RuneError {
-					return nil, errJSON
+					return "", errJSON
 				}
 				i += 6
 			}
@@ -222,26 +222,19 @@ func text(data []byte) (rest []byte, err error) {
 	}
 }
 
+// unquote returns the string that a valid JSON string is.
+func unquote(quoted string) (s string) {
+	if !strings.Contains(quoted, "\\") {
+		return quoted[1 : len(quoted)-1]
+	}
+	_ = json.Unmarshal([]byte(quoted), &s)
+	return s
+}
+
 // skipSpace returns data from its first byte that is no JSON white space.
-func skipSpace(data []byte) []byte {
+func skipSpace(data string) string {
 	for len(data) > 0 && (data[0] == ' ' || data[0] == '\t' || data[0] == '\r' || data[0] == '\n') {
 		data = data[1:]
 	}
 	return data
-}
-
-// readString returns the string that the JSON value is; another type is errJSON.
-func readString(value []byte) (s string, err error) {
-	if value[0] != '"' {
-		return "", errJSON
-	}
-	if bytes.IndexByte(value, '\\') < 0 {
-		return string(value[1 : len(value)-1]), nil
-	}
-	return s, json.Unmarshal(value, &s)
-}
-
-// readInt returns the integer that the JSON value is; a fraction, an exponent or another type is an error.
-func readInt(value []byte) (int64, error) {
-	return strconv.ParseInt(string(value), 10, 64)
 }

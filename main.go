@@ -47,7 +47,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -58,6 +57,7 @@ import (
 	"path"
 	"runtime"
 	"runtime/debug"
+	rtmetrics "runtime/metrics"
 	"slices"
 	"strconv"
 	"strings"
@@ -85,18 +85,17 @@ func main() {
 // run carries out the subcommand until it is done or ctx ends.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	env := &environment{getenv: getenv, dev: getenv("NODE_ENV") == "development"}
-	command := strings.Join(args, " ")
-	switch command {
+	switch command := strings.Join(args, " "); command {
 	case "", "serve":
 		cfg := env.config()
-		if err := errors.Join(env.faults...); err != nil {
-			return err
+		if len(env.faults) > 0 {
+			return errors.Join(env.faults...)
 		}
 		return serve(ctx, cfg, stdout)
 	case "migrate", "migrate status":
 		database := env.database()
-		if err := errors.Join(env.faults...); err != nil {
-			return err
+		if len(env.faults) > 0 {
+			return errors.Join(env.faults...)
 		}
 		steps, err := migrateDatabase(ctx, database, command == "migrate")
 		for _, step := range steps {
@@ -107,38 +106,25 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 			fmt.Fprintf(stdout, "%s  %-20s  %s\n", step.Version, applied, step.Name)
 		}
 		return err
-	case "healthcheck":
-		port := env.port()
-		if err := errors.Join(env.faults...); err != nil {
+	case "healthcheck": // asks the server on this host whether it is ready
+		client := http.Client{Timeout: 3 * time.Second}
+		resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/readyz", env.port()))
+		if err := errors.Join(append(env.faults, err)...); err != nil {
 			return err
 		}
-		return healthcheck(ctx, port)
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("not ready: %s", resp.Status)
+		}
+		return nil
 	case "version":
 		build, _ := debug.ReadBuildInfo()
 		fmt.Fprintln(stdout, "latchkey", build.Main.Version, build.GoVersion)
 		return nil
+	default:
+		fmt.Fprintln(stderr, "usage: latchkey [serve | migrate | migrate status | healthcheck | version]")
+		return fmt.Errorf("unknown command %q", command)
 	}
-	fmt.Fprintln(stderr, "usage: latchkey [serve | migrate | migrate status | healthcheck | version]")
-	return fmt.Errorf("unknown command %q", command)
-}
-
-// healthcheck asks the server on this host whether it is ready.
-func healthcheck(ctx context.Context, port int) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d/readyz", port), nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("not ready: %s", resp.Status)
-	}
-	return nil
 }
 
 // migrateDatabase connects and applies the migrations, or only looks at them.
@@ -153,21 +139,21 @@ func migrateDatabase(ctx context.Context, database *pgxpool.Config, apply bool) 
 	return migrate(ctx, conn, schemaSQL, apply)
 }
 
-// processors is how many the process may use. The Go scheduler lets a hashing goroutine keep its processor for
-// 10 ms; with twice as many threads the kernel shares the real ones out, and favours whoever waited.
+// processors is how many the process may use. Go lets a hashing goroutine keep its processor for 10 ms; with
+// twice as many threads the kernel shares the real ones out, and favours whoever waited.
 var processors = sync.OnceValue(func() int {
 	n := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(2 * n)
 	return n
 })
 
-// serve migrates, then serves until ctx ends, then drains: /readyz says so first, requests in flight end, and
-// the pools close last.
+// serve migrates, then serves until ctx ends, then drains: /readyz says so first, the listener closes, requests in
+// flight end, and the pools close last.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	log := newLogger(cfg, stdout)
 	redis.SetLogger(redisLogger{log})
 	if cfg.randomSecrets {
-		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET not set: random ones, sessions end with this process")
+		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: random ones, sessions end with this process")
 	}
 	if _, err := migrateDatabase(ctx, cfg.database, true); err != nil {
 		return err
@@ -179,42 +165,43 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	defer db.Close()
 	rdb := once{redis.NewUniversalClient(cfg.redis)}
 	defer rdb.Close()
-	m, draining := newMetrics(), new(atomic.Bool)
-	handler, err := newHandler(cfg, log, m, db, rdb, draining)
+	var draining atomic.Bool
+	handler, metrics, err := newHandler(cfg, log, db, rdb, &draining)
 	if err != nil {
 		return err
 	}
-	server := newServer(handler, log)
-	listener, err := net.Listen("tcp", ":"+strconv.Itoa(cfg.port))
-	if err != nil {
-		return fmt.Errorf("PORT: %v", err)
-	}
-	failed := make(chan error, 2)
-	go func() { failed <- server.Serve(listener) }()
-	if cfg.metricsAddr != "" {
-		metricsListener, err := net.Listen("tcp", cfg.metricsAddr)
-		if err != nil {
-			return errors.Join(fmt.Errorf("METRICS_ADDR: %v", err), server.Close())
-		}
-		metricsServer := newServer(metricsHandler(m), log)
-		go func() { failed <- metricsServer.Serve(metricsListener) }()
-		defer metricsServer.Close()
-		log.Info("metrics", "addr", metricsListener.Addr().String())
-	}
-	log.Info("listening", "addr", listener.Addr().String(), "env", cfg.env)
 
+	failed := make(chan error, 2)
+	listen := func(variable, addr string, h http.Handler) *http.Server {
+		server := newServer(h, log)
+		listener, err := net.Listen("tcp", addr)
+		if err != nil {
+			failed <- fmt.Errorf("%s: %v", variable, err)
+			return server
+		}
+		log.Info("listening", "addr", listener.Addr().String(), "for", variable, "env", cfg.env)
+		go func() { failed <- server.Serve(listener) }()
+		return server
+	}
+	server := listen("PORT", ":"+strconv.Itoa(cfg.port), handler)
+	defer server.Close()
+	if cfg.metricsAddr != "" {
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", metrics)
+		defer listen("METRICS_ADDR", cfg.metricsAddr, mux).Close()
+	}
 	select {
 	case err := <-failed:
-		return errors.Join(err, server.Close())
+		return err
 	case <-ctx.Done():
 	}
 	log.Info("shutting down")
 	draining.Store(true)
-	time.Sleep(cfg.shutdownTimeout / 10) // load balancers see /readyz fail and send no more
+	time.Sleep(cfg.shutdownTimeout / 10) // for load balancers to ask /readyz and send no more
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout*9/10)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
-		return errors.Join(fmt.Errorf("requests cut off after SHUTDOWN_TIMEOUT: %v", err), server.Close())
+		return fmt.Errorf("requests cut off after SHUTDOWN_TIMEOUT: %v", err)
 	}
 	return nil
 }
@@ -232,7 +219,7 @@ func newServer(handler http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// newLogger writes JSON lines, or text in development; times in UTC.
+// newLogger writes JSON lines, or text in development, with times in UTC.
 func newLogger(cfg config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
 		if a.Key == slog.TimeKey && len(groups) == 0 {
@@ -246,26 +233,26 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-// redisLogger puts what go-redis has to say into the log; what fails a request is logged with that anyway.
+// redisLogger takes what go-redis has to say. What fails a request is logged with that request anyway.
 type redisLogger struct{ log *slog.Logger }
 
 func (l redisLogger) Printf(ctx context.Context, format string, v ...any) {
 	l.log.DebugContext(ctx, "redis: "+fmt.Sprintf(format, v...))
 }
 
-// newHandler wires all parts and lists all routes.
-func newHandler(cfg config, log *slog.Logger, m *metrics, db *pgxpool.Pool, rdb once, draining *atomic.Bool) (http.Handler, error) {
-	st, err1 := newStore(db, rdb, cfg.policy)
+// newHandler wires the parts and lists all routes.
+func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draining *atomic.Bool) (http.Handler, *metrics, error) {
+	store, err1 := newStore(db, rdb, cfg.policy)
 	requests, err2 := newLimiter(rdb, cfg.rateMax, cfg.rateWindow)
 	logins, err3 := newLimiter(rdb, cfg.loginMax, cfg.loginWindow)
-	hash, err4 := newHasher(processors(), cfg.bcryptCost)
+	hasher, err4 := newHasher(processors(), cfg.bcryptCost)
 	sameOrigin, err5 := refuseCrossOrigin(cfg.origins)
 	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	a := &auth{store: st, logins: logins, hasher: hash, access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL,
-		secureCookie: cfg.env != "development", sameSite: cfg.sameSite, metrics: m, log: log}
-	addGauges(m, hash, db, rdb)
+	metrics := newMetrics(gauges(hasher, db, rdb))
+	a := &auth{store: store, logins: logins, hasher: hasher, access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL,
+		secureCookie: cfg.env != "development", sameSite: cfg.sameSite, metrics: metrics, log: log}
 
 	mux, methods := http.NewServeMux(), map[string][]string{}
 	route := func(method, path string, h http.Handler) {
@@ -283,18 +270,18 @@ func newHandler(cfg config, log *slog.Logger, m *metrics, db *pgxpool.Pool, rdb 
 	route("DELETE", "/auth/sessions/{id}", a.requireAuth(a.revokeSession))
 	route("PUT", "/auth/password", a.requireAuth(a.changePassword))
 	route("GET", "/healthz", http.HandlerFunc(healthy))
-	route("GET", "/readyz", readiness(st, draining))
+	route("GET", "/readyz", readiness(store, draining))
 	for path, allowed := range methods {
 		mux.Handle(path, noteRoute(methodNotAllowed(allowed)))
 	}
 	mux.Handle("/", handle(func(http.ResponseWriter, *http.Request) error { return fail("not_found") }))
 
-	var h http.Handler = pathAsWritten(mux)
-	for _, wrap := range []func(http.Handler) http.Handler{ // the last one is the outermost
-		rateLimit(requests, m), cors(cfg.origins), observe(log, m), identify(cfg.trustedProxies)} {
+	h := pathAsWritten(mux)
+	for _, wrap := range []func(http.Handler) http.Handler{ // the last is the outermost
+		rateLimit(requests, metrics), cors(cfg.origins), observe(log, metrics), identify(cfg.trustedProxies)} {
 		h = wrap(h)
 	}
-	return h, nil
+	return h, metrics, nil
 }
 
 // noteRoute notes the pattern that the mux matched, for the log.
@@ -305,10 +292,10 @@ func noteRoute(next http.Handler) http.Handler {
 	})
 }
 
-// pathAsWritten answers 404 where the mux would redirect to another spelling of the path, or accept one.
+// pathAsWritten answers 404 where the mux would redirect to another spelling of the path, or take one for it.
 func pathAsWritten(mux *http.ServeMux) http.Handler {
 	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		if r.URL.Path == "" || r.URL.RawPath != "" || r.URL.Path != path.Clean(r.URL.Path) {
+		if p := r.URL.Path; p == "" || p != path.Clean(p) || p != r.URL.EscapedPath() {
 			return fail("not_found")
 		}
 		mux.ServeHTTP(w, r)
@@ -316,15 +303,14 @@ func pathAsWritten(mux *http.ServeMux) http.Handler {
 	})
 }
 
-// methodNotAllowed answers 405 for a path that other methods have (RFC 9110 section 15.5.6).
+// methodNotAllowed answers 405 for a path that has other methods (RFC 9110 section 15.5.6).
 func methodNotAllowed(methods []string) http.Handler {
 	if slices.Contains(methods, "GET") {
 		methods = append(methods, "HEAD")
 	}
 	slices.Sort(methods)
-	allow := strings.Join(methods, ", ")
 	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		w.Header().Set("Allow", allow)
+		w.Header().Set("Allow", strings.Join(methods, ", "))
 		return fail("method_not_allowed")
 	})
 }
@@ -352,42 +338,31 @@ func readiness(s *store, draining *atomic.Bool) http.HandlerFunc {
 	}
 }
 
-func metricsHandler(m *metrics) http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		m.write(w)
-	})
-	return mux
-}
-
-// addGauges registers what is read when it is asked for.
-func addGauges(m *metrics, h *hasher, db *pgxpool.Pool, rdb once) {
-	number := func(n int) float64 { return float64(n) }
-	maps.Copy(m.gauges, map[string]func() float64{
-		"latchkey_hashing_slots":         func() float64 { return number(cap(h.slots)) },
-		"latchkey_hashing_slots_in_use":  func() float64 { return number(len(h.slots)) },
-		"latchkey_hashing_waiting":       func() float64 { return float64(h.waiting.Load()) },
-		"latchkey_hashing_refused_total": func() float64 { return float64(h.refused.Load()) },
-
+// gauges is what metrics reads when it is asked: hashing, connection pools, Go's runtime.
+func gauges(h *hasher, db *pgxpool.Pool, rdb once) map[string]func() float64 {
+	memory := func(name string) func() float64 {
+		return func() float64 {
+			sample := []rtmetrics.Sample{{Name: name}}
+			rtmetrics.Read(sample)
+			return float64(sample[0].Value.Uint64())
+		}
+	}
+	return map[string]func() float64{
+		"latchkey_hashing_slots":                        func() float64 { return float64(cap(h.slots)) },
+		"latchkey_hashing_slots_in_use":                 func() float64 { return float64(len(h.slots)) },
+		"latchkey_hashing_waiting":                      func() float64 { return float64(h.waiting.Load()) },
+		"latchkey_hashing_refused_total":                func() float64 { return float64(h.refused.Load()) },
 		"latchkey_postgres_connections_max":             func() float64 { return float64(db.Stat().MaxConns()) },
 		`latchkey_postgres_connections{state="idle"}`:   func() float64 { return float64(db.Stat().IdleConns()) },
 		`latchkey_postgres_connections{state="in_use"}`: func() float64 { return float64(db.Stat().AcquiredConns()) },
-		"latchkey_postgres_waits_total":                 func() float64 { return float64(db.Stat().EmptyAcquireCount()) },
 		`latchkey_redis_connections{state="idle"}`:      func() float64 { return float64(rdb.PoolStats().IdleConns) },
-		`latchkey_redis_connections{state="in_use"}`:    func() float64 { return float64(rdb.PoolStats().TotalConns) - float64(rdb.PoolStats().IdleConns) },
-		"latchkey_redis_timeouts_total":                 func() float64 { return float64(rdb.PoolStats().Timeouts) },
-
-		"go_goroutines":                func() float64 { return number(runtime.NumGoroutine()) },
-		"go_gomaxprocs":                func() float64 { return number(runtime.GOMAXPROCS(0)) },
-		"go_memstats_heap_alloc_bytes": heapBytes,
-	})
-}
-
-func heapBytes() float64 {
-	var stats runtime.MemStats
-	runtime.ReadMemStats(&stats)
-	return float64(stats.HeapAlloc)
+		`latchkey_redis_connections{state="all"}`:       func() float64 { return float64(rdb.PoolStats().TotalConns) },
+		"latchkey_redis_pool_timeouts_total":            func() float64 { return float64(rdb.PoolStats().Timeouts) },
+		"go_goroutines":                                 memory("/sched/goroutines:goroutines"),
+		"go_gomaxprocs":                                 memory("/sched/gomaxprocs:threads"),
+		"go_memory_bytes":                               memory("/memory/classes/total:bytes"),
+		"go_gc_cycles_total":                            memory("/gc/cycles/total:gc-cycles"),
+	}
 }
 
 // ---- configuration
@@ -413,8 +388,7 @@ type config struct {
 	shutdownTimeout       time.Duration
 }
 
-// environment reads variables and collects all their faults, each with the variable's name and never with
-// its value: it may be a secret.
+// environment reads variables and collects their faults, each with the variable's name and never with its value.
 type environment struct {
 	getenv func(string) string
 	dev    bool
@@ -425,85 +399,21 @@ func (e *environment) fault(name, format string, args ...any) {
 	e.faults = append(e.faults, fmt.Errorf(name+": "+format, args...))
 }
 
-// text returns a variable; empty is as good as unset.
+// text returns a variable, its default where it is unset or empty; without a default it is required.
 func (e *environment) text(name, fallback string) string {
-	return cmp.Or(e.getenv(name), fallback)
-}
-
-// required returns a variable that only development has a default for.
-func (e *environment) required(name, devDefault string) string {
-	value := e.getenv(name)
-	if value == "" && e.dev {
-		return devDefault
-	}
+	value := cmp.Or(e.getenv(name), fallback)
 	if value == "" {
 		e.fault(name, "is required")
 	}
 	return value
 }
 
-// integer reads a number from low to high.
-func (e *environment) integer(name, value string, low, high int) int {
-	n, err := strconv.Atoi(value)
-	if value != "" && (err != nil || n < low || n > high) {
-		e.fault(name, "must be a whole number from %d to %d", low, high)
-	}
-	return n
-}
-
-// duration reads a Go duration of at least low.
-func (e *environment) duration(name, fallback string, low, step time.Duration) time.Duration {
-	d, err := time.ParseDuration(e.text(name, fallback))
-	if err != nil || d < low || d%step != 0 {
-		e.fault(name, "must be a duration such as %s, at least %v and in steps of %v", fallback, low, step)
-	}
-	return d
-}
-
-// config reads all variables.
-func (e *environment) config() config {
-	c := config{
-		env:             e.text("NODE_ENV", "production"),
-		port:            e.port(),
-		database:        e.database(),
-		redis:           e.redis(),
-		origins:         e.origins(),
-		accessTTL:       e.duration("ACCESS_TOKEN_TTL", "15m", time.Second, time.Second),
-		rateMax:         e.integer("RATE_LIMIT_MAX", e.text("RATE_LIMIT_MAX", "100"), 0, math.MaxInt32),
-		rateWindow:      e.integer("RATE_LIMIT_WINDOW", e.text("RATE_LIMIT_WINDOW", "60"), 1, math.MaxInt32),
-		loginMax:        e.integer("LOGIN_LIMIT_MAX", e.text("LOGIN_LIMIT_MAX", "10"), 0, math.MaxInt32),
-		loginWindow:     e.integer("LOGIN_LIMIT_WINDOW", e.text("LOGIN_LIMIT_WINDOW", "900"), 1, math.MaxInt32),
-		trustedProxies:  e.trustedProxies(),
-		metricsAddr:     e.text("METRICS_ADDR", ""),
-		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, 1),
-	}
-	if !slices.Contains([]string{"development", "staging", "production"}, c.env) {
-		e.fault("NODE_ENV", "must be development, staging or production")
-	}
-	e.secrets(&c)
-	c.policy = policy{
-		refreshTTL: e.duration("REFRESH_TOKEN_TTL", "168h", time.Second, time.Second),
-		sessionTTL: e.duration("SESSION_MAX_TTL", "720h", time.Second, time.Second),
-		leeway:     e.duration("REFRESH_REUSE_LEEWAY", "10s", 0, time.Millisecond),
-		resend:     e.oneOf("REFRESH_REUSE_POLICY", "refuse", "resend") == "resend",
-	}
-	sameSite := e.oneOf("COOKIE_SAMESITE", "strict", "lax", "none")
-	c.sameSite = map[string]http.SameSite{"strict": http.SameSiteStrictMode, "lax": http.SameSiteLaxMode, "none": http.SameSiteNoneMode}[sameSite]
-	if sameSite == "none" && e.dev {
-		e.fault("COOKIE_SAMESITE", "none needs a secure cookie, which development does not set")
-	}
-	lowest := 12
+// inDev is a default that only development has.
+func (e *environment) inDev(fallback string) string {
 	if e.dev {
-		lowest = 4
+		return fallback
 	}
-	c.bcryptCost = e.integer("BCRYPT_COST", e.text("BCRYPT_COST", "12"), lowest, 16)
-	if _, _, err := net.SplitHostPort(c.metricsAddr); c.metricsAddr != "" && err != nil {
-		e.fault("METRICS_ADDR", "must be host:port")
-	}
-	if err := c.logLevel.UnmarshalText([]byte(e.text("LOG_LEVEL", "info"))); err != nil {
-		e.fault("LOG_LEVEL", "must be debug, info, warn or error")
-	}
-	return c
+	return ""
 }
 
 // oneOf reads a word of a list; the first is the default.
@@ -515,18 +425,96 @@ func (e *environment) oneOf(name string, words ...string) string {
 	return word
 }
 
-func (e *environment) port() int {
-	return e.integer("PORT", e.required("PORT", "3000"), 0, 65535)
+// integer reads a number from low to high.
+func (e *environment) integer(name, fallback string, low, high int) int {
+	value := e.text(name, fallback)
+	n, err := strconv.Atoi(value)
+	if value != "" && (err != nil || n < low || n > high) {
+		e.fault(name, "must be a whole number from %d to %d", low, high)
+	}
+	return n
 }
 
-// database reads DATABASE_URL and DB_POOL_SIZE. Sessions run in UTC, so that an adopted table's times without
-// a zone are read, and written, as UTC.
+// duration reads a Go duration of at least low; times in tokens and Redis are whole seconds, so those step by one.
+func (e *environment) duration(name, fallback string, low, step time.Duration) time.Duration {
+	d, err := time.ParseDuration(e.text(name, fallback))
+	if err != nil || d < low || d%step != 0 {
+		e.fault(name, "must be a duration such as %s, at least %v, in steps of %v", fallback, low, step)
+	}
+	return d
+}
+
+// list reads comma-separated items; parse returns false for one that is not like the example.
+func (e *environment) list(name, value, example string, parse func(item string) bool) {
+	for item := range strings.SplitSeq(value, ",") {
+		if value != "" && !parse(strings.TrimSpace(item)) {
+			e.fault(name, "must be a list such as %s, separated by commas", example)
+			return
+		}
+	}
+}
+
+// config reads all variables.
+func (e *environment) config() config {
+	c := config{
+		env:         e.oneOf("NODE_ENV", "production", "staging", "development"),
+		port:        e.port(),
+		database:    e.database(),
+		redis:       e.redis(),
+		accessTTL:   e.duration("ACCESS_TOKEN_TTL", "15m", time.Second, time.Second),
+		rateMax:     e.integer("RATE_LIMIT_MAX", "100", 0, math.MaxInt32),
+		rateWindow:  e.integer("RATE_LIMIT_WINDOW", "60", 1, math.MaxInt32),
+		loginMax:    e.integer("LOGIN_LIMIT_MAX", "10", 0, math.MaxInt32),
+		loginWindow: e.integer("LOGIN_LIMIT_WINDOW", "900", 1, math.MaxInt32),
+		policy: policy{
+			refreshTTL: e.duration("REFRESH_TOKEN_TTL", "168h", time.Second, time.Second),
+			sessionTTL: e.duration("SESSION_MAX_TTL", "720h", time.Second, time.Second),
+			leeway:     e.duration("REFRESH_REUSE_LEEWAY", "10s", 0, time.Millisecond),
+			resend:     e.oneOf("REFRESH_REUSE_POLICY", "refuse", "resend") == "resend",
+		},
+		sameSite: map[string]http.SameSite{"strict": http.SameSiteStrictMode, "lax": http.SameSiteLaxMode,
+			"none": http.SameSiteNoneMode}[e.oneOf("COOKIE_SAMESITE", "strict", "lax", "none")],
+		metricsAddr:     e.getenv("METRICS_ADDR"),
+		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
+	}
+	e.secrets(&c)
+	e.list("FRONTEND_URL", e.text("FRONTEND_URL", e.inDev("http://localhost:5173")), "https://app.example.com", func(item string) bool {
+		origin, ok := parseOrigin(item)
+		c.origins = append(c.origins, origin)
+		return ok
+	})
+	e.list("TRUSTED_PROXIES", e.getenv("TRUSTED_PROXIES"), "10.0.0.0/8", func(item string) bool {
+		prefix, err := netip.ParsePrefix(item)
+		c.trustedProxies = append(c.trustedProxies, prefix)
+		return err == nil && !prefix.Addr().Is4In6()
+	})
+	if c.sameSite == http.SameSiteNoneMode && e.dev {
+		e.fault("COOKIE_SAMESITE", "none needs a secure cookie, which development does not set")
+	}
+	lowest := 12
+	if e.dev {
+		lowest = 4
+	}
+	c.bcryptCost = e.integer("BCRYPT_COST", "12", lowest, 16)
+	if _, _, err := net.SplitHostPort(c.metricsAddr); c.metricsAddr != "" && err != nil {
+		e.fault("METRICS_ADDR", "must be host:port")
+	}
+	if err := c.logLevel.UnmarshalText([]byte(e.oneOf("LOG_LEVEL", "info", "debug", "warn", "error"))); err != nil {
+		c.logLevel = slog.LevelInfo // the fault is noted
+	}
+	return c
+}
+
+func (e *environment) port() int { return e.integer("PORT", e.inDev("3000"), 0, 65535) }
+
+// database reads DATABASE_URL and DB_POOL_SIZE. Connections run in UTC, so that an adopted table's times without a
+// zone are read, and written, as UTC.
 func (e *environment) database() *pgxpool.Config {
-	raw := e.required("DATABASE_URL", "postgres://localhost:5432/postgres")
-	size := e.integer("DB_POOL_SIZE", e.required("DB_POOL_SIZE", "10"), 1, math.MaxInt32)
-	cfg, err := pgxpool.ParseConfig(raw)
-	if err != nil || !strings.HasPrefix(raw, "postgres://") && !strings.HasPrefix(raw, "postgresql://") {
-		if raw != "" {
+	value := e.text("DATABASE_URL", e.inDev("postgres://localhost:5432/postgres"))
+	size := e.integer("DB_POOL_SIZE", e.inDev("10"), 1, math.MaxInt32)
+	cfg, err := pgxpool.ParseConfig(value)
+	if err != nil || !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://") {
+		if value != "" {
 			e.fault("DATABASE_URL", "must be a PostgreSQL URL, postgres://user:password@host:port/database")
 		}
 		return nil
@@ -537,93 +525,59 @@ func (e *environment) database() *pgxpool.Config {
 	return cfg
 }
 
-// redis reads REDIS_URL. Timeouts are per call (redisTimeout); the client itself retries nothing.
+// redis reads REDIS_URL. Each call has its time limit; the client itself retries nothing.
 func (e *environment) redis() *redis.UniversalOptions {
-	raw := e.required("REDIS_URL", "redis://localhost:6379")
+	value := e.text("REDIS_URL", e.inDev("redis://localhost:6379"))
 	o := &redis.UniversalOptions{MaxRetries: -1, DialerRetries: 1, ContextTimeoutEnabled: true,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
-	u, err := url.Parse(raw)
-	valid := err == nil && (u.Scheme == "redis" || u.Scheme == "rediss")
-	if valid && u.Query().Has("addr") {
+	u, err := url.Parse(value)
+	switch {
+	case err != nil || u.Scheme != "redis" && u.Scheme != "rediss":
+		err = errors.New("no Redis URL")
+	case u.Query().Has("addr"):
 		var c *redis.ClusterOptions
-		if c, err = redis.ParseClusterURL(raw); err == nil {
+		if c, err = redis.ParseClusterURL(value); err == nil {
 			o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig
 		}
-	} else if valid {
-		var s *redis.Options
-		if s, err = redis.ParseURL(raw); err == nil {
-			o.Addrs, o.DB, o.Username, o.Password, o.TLSConfig = []string{s.Addr}, s.DB, s.Username, s.Password, s.TLSConfig
+	default:
+		var c *redis.Options
+		if c, err = redis.ParseURL(value); err == nil {
+			o.Addrs, o.DB, o.Username, o.Password, o.TLSConfig = []string{c.Addr}, c.DB, c.Username, c.Password, c.TLSConfig
 		}
 	}
-	if raw != "" && (!valid || err != nil) {
+	if err != nil && value != "" {
 		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, or rediss:// for TLS")
 	}
 	return o
 }
 
-// origins reads FRONTEND_URL into origins as browsers write them (RFC 6454 section 6.2).
-func (e *environment) origins() (origins []string) {
-	for _, item := range strings.Split(e.required("FRONTEND_URL", "http://localhost:5173"), ",") {
-		u, err := url.Parse(strings.TrimSpace(item))
-		if item == "" && len(origins) == 0 {
-			return nil
-		}
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.User != nil ||
-			u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" || strings.Contains(u.Host, "*") {
-			e.fault("FRONTEND_URL", "must be origins such as https://app.example.com, separated by commas")
-			return nil
-		}
-		host := strings.ToLower(u.Host)
-		host = strings.TrimSuffix(host, map[string]string{"http": ":80", "https": ":443"}[u.Scheme])
-		origins = append(origins, u.Scheme+"://"+host)
+// parseOrigin returns an origin as browsers write it: lower case, no default port (RFC 6454 section 6.2).
+func parseOrigin(s string) (origin string, ok bool) {
+	u, err := url.Parse(strings.ToLower(s))
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || strings.Contains(u.Host, "*") ||
+		u.User != nil || u.Path != "" && u.Path != "/" || strings.ContainsAny(s, "?#") {
+		return "", false
 	}
-	return origins
+	return u.Scheme + "://" + strings.TrimSuffix(u.Host, map[string]string{"http": ":80", "https": ":443"}[u.Scheme]), true
 }
 
-// trustedProxies reads TRUSTED_PROXIES.
-func (e *environment) trustedProxies() (prefixes []netip.Prefix) {
-	raw := e.text("TRUSTED_PROXIES", "")
-	if raw == "" {
-		return nil
-	}
-	for _, item := range strings.Split(raw, ",") {
-		prefix, err := netip.ParsePrefix(strings.TrimSpace(item))
-		if err != nil || prefix.Addr().Is4In6() {
-			e.fault("TRUSTED_PROXIES", "must be CIDRs such as 10.0.0.0/8, separated by commas")
-			return nil
-		}
-		prefixes = append(prefixes, prefix)
-	}
-	return prefixes
-}
-
-// secrets reads the four secrets. All that are given differ: else a token of one kind would pass for the other.
+// secrets reads the four secrets. They all differ: else a token of one kind would pass for the other.
 func (e *environment) secrets(c *config) {
-	seen := map[string]string{}
-	read := func(name string, fallback func() string) []byte {
+	var values [4][]byte
+	for i, name := range []string{"JWT_SECRET", "JWT_REFRESH_SECRET", "JWT_SECRET_PREVIOUS", "JWT_REFRESH_SECRET_PREVIOUS"} {
 		value := e.getenv(name)
-		if value == "" {
-			return []byte(fallback())
-		}
-		if utf8.RuneCountInString(value) < 32 {
+		switch {
+		case value == "" && i >= 2: // there was none before
+		case value == "" && e.dev:
+			value, c.randomSecrets = rand.Text()+rand.Text(), true
+		case value == "":
+			e.fault(name, "is required")
+		case utf8.RuneCountInString(value) < 32:
 			e.fault(name, "must be at least 32 characters")
+		case slices.ContainsFunc(values[:i], func(other []byte) bool { return string(other) == value }):
+			e.fault(name, "must differ from the other secrets")
 		}
-		if other, taken := seen[value]; taken {
-			e.fault(name, "must differ from %s", other)
-		}
-		seen[value] = name
-		return []byte(value)
+		values[i] = []byte(value)
 	}
-	required := func(name string) []byte {
-		return read(name, func() string {
-			if !e.dev {
-				e.fault(name, "is required")
-			}
-			c.randomSecrets = true
-			return rand.Text() + rand.Text()
-		})
-	}
-	none := func() string { return "" }
-	c.access = keys{required("JWT_SECRET"), read("JWT_SECRET_PREVIOUS", none)}
-	c.refresh = keys{required("JWT_REFRESH_SECRET"), read("JWT_REFRESH_SECRET_PREVIOUS", none)}
+	c.access, c.refresh = keys{values[0], values[2]}, keys{values[1], values[3]}
 }

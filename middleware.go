@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"math"
@@ -329,7 +328,7 @@ func rateLimit(l *limiter, m *metrics) func(http.Handler) http.Handler {
 			w.Header().Set("RateLimit-Policy", quota)
 			w.Header().Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
 			if left < 0 {
-				m.count("latchkey_rate_limited_total", "")
+				m.count("latchkey_rate_limited_total")
 				writeError(w, r, &apiError{code: "rate_limited", retryAfter: reset})
 				return
 			}
@@ -340,31 +339,31 @@ func rateLimit(l *limiter, m *metrics) func(http.Handler) http.Handler {
 
 // ---- metrics
 
-// metrics counts in memory and writes the Prometheus text format. Labels come as they are written there.
+// metrics counts in memory and writes the Prometheus text format. A series is named as it is written there, with
+// its labels.
 type metrics struct {
 	mu       sync.Mutex
-	counters map[string]uint64 // by name and labels
+	counters map[string]float64
 	gauges   map[string]func() float64
-	buckets  map[string][]uint64 // of durations, by route; the last is all of them
-	sums     map[string]float64
 }
 
 // durationBuckets are upper bounds in seconds: below 10 ms nothing was hashed.
-var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5}
+var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1)}
 
-func newMetrics() *metrics {
-	zero := map[string]uint64{"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0}
+func newMetrics(gauges map[string]func() float64) *metrics {
+	m := &metrics{counters: map[string]float64{"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0}, gauges: gauges}
 	for _, outcome := range []string{"rotated", "resent", "reused", "theft"} {
-		zero[fmt.Sprintf("latchkey_refresh_total{outcome=%q}", outcome)] = 0
+		m.counters[`latchkey_refresh_total{outcome="`+outcome+`"}`] = 0
 	}
-	return &metrics{counters: zero, gauges: map[string]func() float64{},
-		buckets: map[string][]uint64{}, sums: map[string]float64{}}
+	return m
 }
 
-func (m *metrics) count(name, labels string) {
+func (m *metrics) count(series string) { m.add(series, 1) }
+
+func (m *metrics) add(series string, n float64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.counters[name+labels]++
+	m.counters[series] += n
 }
 
 // observe counts a request. Clients can make up methods; a series for each is not theirs to make.
@@ -372,50 +371,42 @@ func (m *metrics) observe(method, route string, status int, took time.Duration) 
 	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}, method) {
 		method = "other"
 	}
-	m.count("latchkey_http_requests_total", fmt.Sprintf(`{route=%q,method=%q,status="%d"}`, route, method, status))
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.buckets[route] == nil {
-		m.buckets[route] = make([]uint64, len(durationBuckets)+1)
-	}
-	for i, bound := range append(durationBuckets, math.Inf(1)) {
+	m.count(fmt.Sprintf(`latchkey_http_requests_total{route=%q,method=%q,status="%d"}`, route, method, status))
+	const duration = "latchkey_http_request_duration_seconds"
+	for _, bound := range durationBuckets { // all of them, each under its own name: a histogram is cumulative
+		n := 0.0
 		if took.Seconds() <= bound {
-			m.buckets[route][i]++
+			n = 1
 		}
+		m.add(fmt.Sprintf(`%s_bucket{route=%q,le="%v"}`, duration, route, bound), n)
 	}
-	m.sums[route] += took.Seconds()
+	m.add(fmt.Sprintf("%s_sum{route=%q}", duration, route), took.Seconds())
+	m.add(fmt.Sprintf("%s_count{route=%q}", duration, route), 1)
 }
 
-// write writes all families, each under one TYPE line.
-func (m *metrics) write(w io.Writer) {
+// ServeHTTP writes all series, sorted, so that those of a family stand together under one TYPE line.
+func (m *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	family := ""
-	sample := func(kind, name string, value any) {
-		if base, _, _ := strings.Cut(name, "{"); base != family {
-			family = base
-			fmt.Fprintf(w, "# TYPE %s %s\n", base, kind)
-		}
-		fmt.Fprintf(w, "%s %v\n", name, value)
+	all := maps.Clone(m.counters)
+	for series, read := range m.gauges {
+		all[series] = read()
 	}
-	for _, name := range slices.Sorted(maps.Keys(m.counters)) {
-		sample("counter", name, m.counters[name])
-	}
-	for _, name := range slices.Sorted(maps.Keys(m.gauges)) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	families := map[string]bool{}
+	for _, series := range slices.Sorted(maps.Keys(all)) {
+		family, _, _ := strings.Cut(series, "{")
 		kind := "gauge"
-		if strings.HasSuffix(name, "_total") {
+		if strings.HasSuffix(family, "_total") {
 			kind = "counter"
 		}
-		sample(kind, name, m.gauges[name]())
-	}
-	const duration = "latchkey_http_request_duration_seconds"
-	fmt.Fprintf(w, "# TYPE %s histogram\n", duration)
-	for _, route := range slices.Sorted(maps.Keys(m.buckets)) {
-		for i, n := range m.buckets[route][:len(durationBuckets)] {
-			fmt.Fprintf(w, "%s_bucket{route=%q,le=\"%v\"} %d\n", duration, route, durationBuckets[i], n)
+		if name, _, ok := strings.Cut(family, "_seconds_"); ok {
+			family, kind = name+"_seconds", "histogram"
 		}
-		all := m.buckets[route][len(durationBuckets)]
-		fmt.Fprintf(w, "%s_bucket{route=%q,le=\"+Inf\"} %d\n", duration, route, all)
-		fmt.Fprintf(w, "%s_sum{route=%q} %v\n%s_count{route=%q} %d\n", duration, route, m.sums[route], duration, route, all)
+		if !families[family] {
+			families[family] = true
+			fmt.Fprintf(w, "# TYPE %s %s\n", family, kind)
+		}
+		fmt.Fprintf(w, "%s %v\n", series, all[series])
 	}
 }

@@ -38,26 +38,37 @@ var (
 	errTheft       = errors.New("refresh token already exchanged, long ago")
 )
 
+// timestamp is a time that is written as JavaScript writes it: RFC 3339 in UTC with milliseconds.
+type timestamp struct{ time.Time }
+
+func (t timestamp) MarshalJSON() ([]byte, error) {
+	return []byte(t.UTC().Format(`"2006-01-02T15:04:05.000Z"`)), nil
+}
+
 // user is a row of the table users.
 type user struct {
 	ID, Email, PasswordHash string
-	CreatedAt               time.Time
+	CreatedAt               timestamp
 }
 
-// device is where a session was last used from.
+// device is where a session is used from.
 type device struct{ IP, UserAgent string }
 
-// grant is the refresh token that a session currently honours. Times are Unix seconds.
+// grant is the refresh token that a session honours. Times are Unix seconds.
 type grant struct {
 	SessionID, TokenID  string
 	IssuedAt, ExpiresAt int64
-	Resent              bool // the client was given it before
+	Resent              bool // it was given before
 }
 
 // session is a living session as its owner sees it.
 type session struct {
-	ID, IP, UserAgent     string
-	CreatedAt, LastUsedAt time.Time
+	ID         string    `json:"id"`
+	CreatedAt  timestamp `json:"createdAt"`
+	LastUsedAt timestamp `json:"lastUsedAt"`
+	IP         string    `json:"ip"`
+	UserAgent  string    `json:"userAgent"`
+	Current    bool      `json:"current"`
 }
 
 // policy is how long sessions and their refresh tokens live, and how a token shown again is met.
@@ -127,17 +138,25 @@ func redisContext(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
 }
 
-// postgresError names the operation and tells an outage from a fault: no answer, and the SQLSTATE classes
-// of lost connections, exhausted resources, shutdown and a primary that became a standby, are errUnavailable.
+// postgresError names the operation and tells an outage from a fault: no answer, and the SQLSTATE classes of lost
+// connections, exhausted resources, shutdown and a primary become a standby, are errUnavailable. Errors of this file
+// stay as they are.
 func postgresError(operation string, err error) error {
 	var pg *pgconn.PgError
-	if errors.As(err, &pg) && !slices.Contains([]string{"08", "53", "57"}, pg.Code[:2]) && pg.Code != "25006" {
+	switch {
+	case err == nil, errors.Is(err, errUnavailable), errors.Is(err, errEmailExists):
+		return err
+	case errors.As(err, &pg) && !slices.Contains([]string{"08", "53", "57"}, pg.Code[:2]) && pg.Code != "25006":
 		return fmt.Errorf("%s: %v", operation, err)
 	}
 	return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
 }
 
+// redisError names the operation; whatever Redis fails at, it is errUnavailable.
 func redisError(operation string, err error) error {
+	if err == nil {
+		return nil
+	}
 	return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
 }
 
@@ -146,26 +165,26 @@ func redisError(operation string, err error) error {
 // userByEmail returns the user with that address, in whatever case the row has it, or errNoUser. email is
 // lower-cased in ASCII, as the index is.
 func (s *store) userByEmail(ctx context.Context, email string) (user, error) {
-	return s.findUser(ctx, `SELECT id::text, email, password_hash, created_at FROM users
-		WHERE lower(email COLLATE "C") = $1`, email)
+	if strings.ContainsRune(email, 0) {
+		return user{}, errNoUser // PostgreSQL has no such text
+	}
+	return s.findUser(ctx, `lower(email COLLATE "C") = $1`, email)
 }
 
 // userByID returns the user with that id, or errNoUser.
 func (s *store) userByID(ctx context.Context, id string) (user, error) {
-	return s.findUser(ctx, `SELECT id::text, email, password_hash, created_at FROM users WHERE id = $1::uuid`, id)
+	return s.findUser(ctx, `id = $1::uuid`, id)
 }
 
-func (s *store) findUser(ctx context.Context, sql, arg string) (u user, err error) {
+func (s *store) findUser(ctx context.Context, where, arg string) (u user, err error) {
 	ctx, cancel := postgresContext(ctx)
 	defer cancel()
-	err = s.db.QueryRow(ctx, sql, arg).Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
+	err = s.db.QueryRow(ctx, `SELECT id::text, email, password_hash, created_at FROM users WHERE `+where, arg).
+		Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt.Time)
+	if errors.Is(err, pgx.ErrNoRows) {
 		return user{}, errNoUser
-	case err != nil:
-		return user{}, postgresError("find user", err)
 	}
-	return u, nil
+	return u, postgresError("find user", err)
 }
 
 // createUser inserts the user and opens its first session; without the session there is no user either.
@@ -173,25 +192,23 @@ func (s *store) findUser(ctx context.Context, sql, arg string) (u user, err erro
 func (s *store) createUser(ctx context.Context, email, hash, sid, jti string, from device) (u user, g grant, err error) {
 	err = s.inTx(ctx, "create user", func(ctx context.Context, tx pgx.Tx) error {
 		u = user{PasswordHash: hash}
-		err := tx.QueryRow(ctx, `INSERT INTO users (email, password_hash) VALUES ($1, $2)
-			RETURNING id::text, email, created_at`, email, hash).Scan(&u.ID, &u.Email, &u.CreatedAt)
+		err := tx.QueryRow(ctx, `INSERT INTO users (email, password_hash) VALUES ($1, $2) RETURNING id::text, email, created_at`,
+			email, hash).Scan(&u.ID, &u.Email, &u.CreatedAt.Time)
 		var pg *pgconn.PgError
-		switch {
-		case errors.As(err, &pg) && pg.Code == "23505" && pg.TableName == "users" && pg.ConstraintName != "users_pkey":
+		if errors.As(err, &pg) && pg.Code == "23505" && pg.TableName == "users" && pg.ConstraintName != "users_pkey" {
 			return errEmailExists // whatever an adopted table calls its constraint
-		case err != nil:
-			return err
 		}
-		g, err = s.startSession(ctx, u, sid, jti, from)
+		if err == nil {
+			g, err = s.startSession(ctx, u, sid, jti, from)
+		}
 		return err
 	})
 	return u, g, err
 }
 
-// openSession opens a session for a user whose password has just been verified against u.PasswordHash.
-// errStale, and no session, where that hash is no longer the user's. Reading it again once the session can
-// be found and revoked leaves no gap: a change that comes later revokes this session too. FOR SHARE waits for a
-// change that is under way.
+// openSession opens a session for a user whose password was just found to be the one of u.PasswordHash. errStale,
+// and no session, where that is no longer the user's hash. It is read again once the session can be found and
+// revoked, and FOR SHARE waits for a change under way: a later change revokes this session too.
 func (s *store) openSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
 	g, err := s.startSession(ctx, u, sid, jti, from)
 	if err != nil {
@@ -204,78 +221,60 @@ func (s *store) openSession(ctx context.Context, u user, sid, jti string, from d
 	if err == nil && hash == u.PasswordHash {
 		return g, nil
 	}
-	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
-		err = postgresError("read password hash", err)
-	} else {
+	if err == nil || errors.Is(err, pgx.ErrNoRows) {
 		err = errStale
 	}
-	if _, revokeErr := s.revoke(ctx, u.ID, sid); revokeErr != nil {
-		err = revokeErr
-	}
-	return grant{}, err
+	_, revokeErr := s.revoke(ctx, u.ID, sid)
+	return grant{}, cmp.Or(revokeErr, postgresError("read password hash", err))
 }
 
-// changePassword replaces the password hash of u and revokes all its sessions but sid, which goes on.
-// errStale where the hash is no longer u.PasswordHash. If a store fails on the way the password stays.
+// changePassword replaces the hash of u and revokes all its sessions but sid, which goes on. errStale where the
+// hash is no longer u.PasswordHash. If a store fails on the way, the password stays as it was.
 func (s *store) changePassword(ctx context.Context, u user, hash, sid string) error {
-	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
-		if _, err := s.runEach(ctx, rebindScript, []string{sid}, u.ID, "", bothDigests(u.PasswordHash, hash)); err != nil {
+	return s.alter(ctx, u, func(ctx context.Context) error {
+		if err := s.rebind(ctx, u, "", hash, sid); err != nil {
 			return err
 		}
 		return s.revokeAll(ctx, u.ID, sid, sid)
-	})
+	}, `UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
 }
 
-// rehash replaces the password hash of u by another of the same password. Its sessions go on, but for
-// those that were bound to another hash already.
+// rehash replaces the hash of u by another of the same password; the sessions bound to the old one go on.
 func (s *store) rehash(ctx context.Context, u user, hash string) error {
-	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
+	return s.alter(ctx, u, func(ctx context.Context) error {
 		sids, err := s.sessionIDs(ctx, u.ID)
-		if err == nil {
-			_, err = s.runEach(ctx, rebindScript, sids, u.ID, digest(u.PasswordHash), bothDigests(u.PasswordHash, hash))
-		}
-		return err
-	})
-}
-
-// replaceHash updates the hash and, with the row locked and the update not yet visible, the sessions.
-func (s *store) replaceHash(ctx context.Context, u user, hash string, sessions func(context.Context) error) error {
-	return s.inTx(ctx, "replace password hash", func(ctx context.Context, tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `UPDATE users SET password_hash = $3, updated_at = now()
-			WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash, hash)
-		if err == nil && tag.RowsAffected() == 0 {
-			return errStale
-		}
 		if err != nil {
 			return err
+		}
+		return s.rebind(ctx, u, digest(u.PasswordHash), hash, sids...)
+	}, `UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
+}
+
+// deleteUser deletes the row and revokes all sessions; errStale where the hash is no longer u.PasswordHash.
+func (s *store) deleteUser(ctx context.Context, u user, sid string) error {
+	return s.alter(ctx, u, func(ctx context.Context) error { return s.revokeAll(ctx, u.ID, sid, "") },
+		`DELETE FROM users WHERE id = $1::uuid AND password_hash = $2`)
+}
+
+// alter runs sql on the row of u and then, with the row locked and the change not yet visible, sessions.
+func (s *store) alter(ctx context.Context, u user, sessions func(context.Context) error, sql string, args ...any) error {
+	return s.inTx(ctx, "alter user", func(ctx context.Context, tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, sql, append([]any{u.ID, u.PasswordHash}, args...)...)
+		switch {
+		case err != nil:
+			return err
+		case tag.RowsAffected() == 0:
+			return errStale
 		}
 		return sessions(ctx)
 	})
 }
 
-// deleteUser deletes the row and revokes all sessions; errStale where u.PasswordHash is no longer the hash.
-func (s *store) deleteUser(ctx context.Context, u user, sid string) error {
-	return s.inTx(ctx, "delete user", func(ctx context.Context, tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, `DELETE FROM users WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash)
-		if err == nil && tag.RowsAffected() == 0 {
-			return errStale
-		}
-		if err != nil {
-			return err
-		}
-		return s.revokeAll(ctx, u.ID, sid, "")
-	})
-}
-
-// inTx runs fn in a transaction. The errors of this file pass through it; any other is PostgreSQL's.
+// inTx runs fn in a transaction. Errors of this file pass through; any other is PostgreSQL's.
 func (s *store) inTx(ctx context.Context, operation string, fn func(context.Context, pgx.Tx) error) error {
 	ctx, cancel := postgresContext(ctx)
 	defer cancel()
-	err := pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error { return fn(ctx, tx) })
-	if err == nil || errors.Is(err, errUnavailable) || errors.Is(err, errEmailExists) {
-		return err
-	}
-	return postgresError(operation, err)
+	return postgresError(operation, pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error { return fn(ctx, tx) }))
 }
 
 // ---- sessions
@@ -369,48 +368,38 @@ func digest(hash string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// bothDigests lets a session go on under old and under new, whichever PostgreSQL will have.
-func bothDigests(old, new string) string { return digest(old) + " " + digest(new) }
-
-// startSession writes the session and returns its first refresh token. It is in the index before it lives,
-// so whoever revokes a user's sessions misses none.
+// startSession writes the session and returns its first refresh token. It is in the index before it lives, so
+// who revokes all of a user's sessions misses none.
 func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
 	ttl := int64(min(s.policy.refreshTTL, s.policy.sessionTTL) / time.Second)
 	now, err := s.index(ctx, u.ID, sid, ttl)
 	if err != nil {
 		return grant{}, err
 	}
-	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
 	ctx, cancel := redisContext(ctx)
 	defer cancel()
-	if err := startScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
-		from.IP, from.UserAgent, digest(u.PasswordHash)).Err(); err != nil {
-		return grant{}, redisError("start session", err)
-	}
-	return g, nil
+	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
+	return g, redisError("start session", startScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now,
+		g.IssuedAt, g.ExpiresAt, from.IP, from.UserAgent, digest(u.PasswordHash)).Err())
 }
 
 // index enters the session in its user's index for that many seconds and returns Redis' time in ms.
-func (s *store) index(ctx context.Context, uid, sid string, seconds int64) (int64, error) {
+func (s *store) index(ctx context.Context, uid, sid string, seconds int64) (now int64, err error) {
 	ctx, cancel := redisContext(ctx)
 	defer cancel()
-	now, err := indexScript.Run(ctx, s.rdb, []string{indexKey(uid)}, sid, seconds).Int64()
-	if err != nil {
-		return 0, redisError("index session", err)
-	}
-	return now, nil
+	now, err = indexScript.Run(ctx, s.rdb, []string{indexKey(uid)}, sid, seconds).Int64()
+	return now, redisError("index session", err)
 }
 
-// rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the
-// session now honours; errReused or, past the leeway, errTheft for a token that was already exchanged;
-// errNoSession where there is no session, or none any more since u's password hash is not the one it is bound to.
+// rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session
+// honours now; errReused or, past the leeway, errTheft for one that was already exchanged; errNoSession where
+// there is no session, or none any more as u's password hash is not the one it is bound to.
 func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
-	ctx, cancel := redisContext(ctx)
+	rctx, cancel := redisContext(ctx)
 	defer cancel()
-	reply, err := rotateScript.Run(ctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti},
-		u.ID, jti, next, digest(u.PasswordHash), int64(s.policy.refreshTTL/time.Second),
-		int64(s.policy.sessionTTL/time.Second), s.policy.leeway.Milliseconds(), s.policy.resend,
-		from.IP, from.UserAgent).Slice()
+	reply, err := rotateScript.Run(rctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti}, u.ID, jti, next,
+		digest(u.PasswordHash), int64(s.policy.refreshTTL/time.Second), int64(s.policy.sessionTTL/time.Second),
+		s.policy.leeway.Milliseconds(), s.policy.resend, from.IP, from.UserAgent).Slice()
 	if err != nil {
 		return grant{}, redisError("rotate", err)
 	}
@@ -422,17 +411,14 @@ func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from 
 	case "theft":
 		return grant{}, errTheft
 	}
-	g := grant{SessionID: sid, Resent: reply[0] == "resent"}
-	var ok [3]bool
-	g.TokenID, ok[0] = reply[1].(string)
-	g.IssuedAt, ok[1] = reply[2].(int64)
-	g.ExpiresAt, ok[2] = reply[3].(int64)
-	if ok != [3]bool{true, true, true} {
+	token, isText := reply[1].(string)
+	iat, isTime := reply[2].(int64)
+	exp, isTimeToo := reply[3].(int64)
+	if !isText || !isTime || !isTimeToo {
 		return grant{}, fmt.Errorf("rotate: unexpected reply %v", reply)
 	}
-	// The token is exchanged, come what may: an index that cannot be written now is written next time.
-	_, _ = s.index(ctx, u.ID, sid, g.ExpiresAt-g.IssuedAt)
-	return g, nil
+	_, _ = s.index(ctx, u.ID, sid, exp-iat) // the token is exchanged, come what may; the next refresh tries again
+	return grant{SessionID: sid, TokenID: token, IssuedAt: iat, ExpiresAt: exp, Resent: reply[0] == "resent"}, nil
 }
 
 // isLive reports whether the session is there and the user's.
@@ -440,10 +426,10 @@ func (s *store) isLive(ctx context.Context, uid, sid string) (bool, error) {
 	ctx, cancel := redisContext(ctx)
 	defer cancel()
 	owner, err := s.rdb.HGet(ctx, sessionKey(sid), "user").Result()
-	if err != nil && !errors.Is(err, redis.Nil) {
-		return false, redisError("find session", err)
+	if errors.Is(err, redis.Nil) {
+		return false, nil
 	}
-	return err == nil && owner == uid, nil
+	return owner == uid, redisError("find session", err)
 }
 
 // sessionIDs returns the ids in the user's index; some may have ended.
@@ -451,14 +437,11 @@ func (s *store) sessionIDs(ctx context.Context, uid string) ([]string, error) {
 	ctx, cancel := redisContext(ctx)
 	defer cancel()
 	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
-	if err != nil {
-		return nil, redisError("list sessions", err)
-	}
-	return sids, nil
+	return sids, redisError("list sessions", err)
 }
 
 // sessions returns the user's living sessions, newest use first.
-func (s *store) sessions(ctx context.Context, uid string) ([]session, error) {
+func (s *store) sessions(ctx context.Context, uid, current string) ([]session, error) {
 	sids, err := s.sessionIDs(ctx, uid)
 	if err != nil {
 		return nil, err
@@ -471,9 +454,6 @@ func (s *store) sessions(ctx context.Context, uid string) ([]session, error) {
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, redisError("read sessions", err)
-	}
 	living := []session{}
 	for i, reply := range replies {
 		var f [5]string
@@ -481,29 +461,26 @@ func (s *store) sessions(ctx context.Context, uid string) ([]session, error) {
 			f[j], _ = v.(string) // nil where the session has ended
 		}
 		if f[0] == uid {
-			living = append(living, session{ID: sids[i], CreatedAt: unixMilli(f[1]), LastUsedAt: unixMilli(f[2]), IP: f[3], UserAgent: f[4]})
+			living = append(living, session{sids[i], milliseconds(f[1]), milliseconds(f[2]), f[3], f[4], sids[i] == current})
 		}
 	}
-	slices.SortStableFunc(living, func(a, b session) int {
-		return cmp.Or(b.LastUsedAt.Compare(a.LastUsedAt), b.CreatedAt.Compare(a.CreatedAt))
-	})
-	return living, nil
+	slices.SortStableFunc(living, func(a, b session) int { return b.LastUsedAt.Compare(a.LastUsedAt.Time) })
+	return living, redisError("read sessions", err)
 }
 
-func unixMilli(s string) time.Time {
+func milliseconds(s string) timestamp {
 	ms, _ := strconv.ParseInt(s, 10, 64)
-	return time.UnixMilli(ms)
+	return timestamp{time.UnixMilli(ms)}
 }
 
-// revoke ends those of the sessions that are there and the user's, and returns how many: for good, as
-// nothing brings back a session that is not there.
+// revoke ends those of the sessions that are there and the user's, and returns how many: for good, as nothing
+// brings back a session that is not there.
 func (s *store) revoke(ctx context.Context, uid string, sids ...string) (ended int, err error) {
 	replies, err := s.runEach(ctx, revokeScript, sids, uid)
 	if err != nil {
 		return 0, err
 	}
-	// An id without a session stays in the index until its time: its session may be about to start.
-	var gone []any
+	var gone []any // an id without a session stays in the index until its time: that session may be about to start
 	for i, reply := range replies {
 		if n, _ := reply.(*redis.Cmd).Int(); n == 1 {
 			gone = append(gone, sids[i])
@@ -514,13 +491,10 @@ func (s *store) revoke(ctx context.Context, uid string, sids ...string) (ended i
 	}
 	ctx, cancel := redisContext(ctx)
 	defer cancel()
-	if err := s.rdb.ZRem(ctx, indexKey(uid), gone...).Err(); err != nil {
-		return 0, redisError("revoke", err)
-	}
-	return len(gone), nil
+	return len(gone), redisError("revoke", s.rdb.ZRem(ctx, indexKey(uid), gone...).Err())
 }
 
-// revokeAll ends the user's sessions but keep, if given, and sid too, even if the index has lost it.
+// revokeAll ends the user's sessions but keep, if given, and sid among them even if the index has lost it.
 func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
 	sids, err := s.sessionIDs(ctx, uid)
 	if err != nil {
@@ -528,6 +502,13 @@ func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
 	}
 	sids = slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })
 	_, err = s.revoke(ctx, uid, sids...)
+	return err
+}
+
+// rebind lets sessions go on under u's hash and under another, whichever PostgreSQL will have; only those that
+// are bound to the digest bound, if given.
+func (s *store) rebind(ctx context.Context, u user, bound, hash string, sids ...string) error {
+	_, err := s.runEach(ctx, rebindScript, sids, u.ID, bound, digest(u.PasswordHash)+" "+digest(hash))
 	return err
 }
 
@@ -541,10 +522,7 @@ func (s *store) runEach(ctx context.Context, script *redis.Script, sids []string
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, redisError("run on sessions", err)
-	}
-	return replies, nil
+	return replies, redisError("run on sessions", err)
 }
 
 // ---- migrations

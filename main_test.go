@@ -5,6 +5,7 @@ package main
 // serves, on the PostgreSQL and the Redis of DATABASE_URL and REDIS_URL.
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -766,4 +767,26 @@ func TestFlow(t *testing.T) {
 	want(t, c.refresh(), 200, "")
 	want(t, c.logout(), 200, "")
 	want(t, c.me(), 401, "session_revoked")
+}
+
+// dial opens a connection for what net/http's client would not send.
+func dial(t testing.TB, s *server) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	return conn
+}
+
+func readResponse(t testing.TB, conn net.Conn) *http.Response {
+	t.Helper()
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	return resp
 }

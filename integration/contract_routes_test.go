@@ -161,7 +161,7 @@ var routes = []promise{
 	}},
 	{"DELETE /auth/sessions/{id} is 404 for one that is not the caller's", aURL, func(t *testing.T, s *server) {
 		v, stranger := s.signup(t), s.signup(t)
-		for _, id := range []string{stranger.sid(), uuid.NewString(), "not-a-uuid", "*", "%2e%2e"} {
+		for _, id := range []string{stranger.sid(), uuid.NewString(), "not-a-uuid", "*"} {
 			v.send("DELETE", "/auth/sessions/"+id, nil).refused(404, "session_not_found")
 		}
 		gone := v.login()

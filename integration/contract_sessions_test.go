@@ -244,6 +244,29 @@ func race(t *testing.T, s *server, revoke func(v, other *visitor) *answer) {
 	t.Logf("the refresh came first in %d of %d rounds", won, raceRounds)
 }
 
+// rehashRace logs in on two servers while two sessions of the user, who signed up on cheap, are refreshed.
+func rehashRace(t *testing.T, cheap *server, logins ...*server) {
+	t.Helper()
+	for range raceRounds {
+		v := cheap.signup(t)
+		other := v.login()
+		answers := together(4, func(i int) *answer {
+			switch i {
+			case 0:
+				return other.show(other.refresh)
+			case 1:
+				return v.show(v.refresh)
+			default:
+				return logins[i-2].tryLogin(t, v.email, v.password, "")
+			}
+		})
+		for i, x := range []*visitor{other, v, v.fromNewIP(), v.fromNewIP()} {
+			x.take(answers[i].want(200))
+			x.lives()
+		}
+	}
+}
+
 var revocation = []promise{
 	{"a refresh in flight while its session is logged out never brings it back", aURL, func(t *testing.T, s *server) {
 		race(t, s, func(v, other *visitor) *answer { return other.send("POST", "/auth/logout", nil) })
@@ -317,36 +340,19 @@ var revocation = []promise{
 			t.Errorf("the cost after the login is %d (%v), want 5", cost, err)
 		}
 		v.lives()
-		other.on(dear).lives()
+		other = other.on(dear)
+		other.lives()
 		third.lives()
 		v.login().lives() // back to the cost of 4
 		other.lives()
 	}},
-	{"rehashes and refreshes at the same time end no session", own, func(t *testing.T, cheap *server) {
+	{"a rehash ends no session that is refreshed meanwhile", own, func(t *testing.T, cheap *server) {
 		dear := serve(t, home, development.with(vars{"BCRYPT_COST": "5"}))
-		for range raceRounds {
-			v := cheap.signup(t)
-			other := v.login()
-			answers := together(4, func(i int) *answer {
-				switch i {
-				case 0:
-					return other.show(other.refresh)
-				case 1:
-					return v.show(v.refresh)
-				default:
-					return []*server{cheap, dear}[i-2].tryLogin(t, v.email, v.password, "")
-				}
-			})
-			for i, x := range []*visitor{other, v} {
-				x.take(answers[i].want(200))
-				x.lives()
-			}
-			for _, a := range answers[2:] {
-				x := v.fromNewIP()
-				x.take(a.want(200))
-				x.lives()
-			}
-		}
+		rehashRace(t, cheap, dear, dear)
+	}},
+	{"nor do rehashes of replicas with different costs, as in a rolling change", own, func(t *testing.T, cheap *server) {
+		dear := serve(t, home, development.with(vars{"BCRYPT_COST": "5"}))
+		rehashRace(t, cheap, cheap, dear)
 	}},
 	{"session_revoked is 401 for a never exchanged token whose session was logged out or revoked", aURL, func(t *testing.T, s *server) {
 		v := s.signup(t)

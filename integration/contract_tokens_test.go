@@ -152,7 +152,7 @@ func forgeries(t *testing.T, secret, otherSecret, good string) map[string]string
 		"another payload":                  parts[0] + "." + strings.Split(with(jwt.MapClaims{"x": 1}), ".")[1] + "." + parts[2],
 		"the signature cut short":          good[:len(good)-2],
 		"signed with the other secret":     changed(t, otherSecret, good, nil),
-		"signed with no secret":            changed(t, "\x00", good, nil),
+		"signed with no secret":            changed(t, "\x00", good, nil), // to HMAC the same as the empty key
 		"signed with a prefix of it":       changed(t, secret[:len(secret)-1], good, nil),
 		"signature in another spelling":    parts[0] + "." + parts[1] + "." + respelled(parts[2]),
 		"payload in another spelling":      respelledInput + "." + signature(secret, respelledInput),

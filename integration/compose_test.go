@@ -1,0 +1,206 @@
+package integration
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// A project is a docker compose project in a fresh clone.
+type project struct {
+	t    *testing.T
+	dir  string
+	name string
+	env  []string
+}
+
+func run(t *testing.T, dir string, env []string, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Dir, cmd.Env = dir, env
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%s %s: %v\n%s\n%s", name, strings.Join(args, " "), err, tail(stdout.String(), 40), tail(stderr.String(), 60))
+	}
+	return stdout.String()
+}
+
+func (p *project) compose(args ...string) string {
+	p.t.Helper()
+	return run(p.t, p.dir, p.env, "docker", append([]string{"compose", "--project-name", p.name}, args...)...)
+}
+
+// freePort is a port of 127.0.0.1 that nobody listens on right now.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// TestCompose is "docker compose up on a fresh clone with no .env gives a working development server".
+func TestCompose(t *testing.T) {
+	if suite.c == nil {
+		t.Skipf("needs %s", own)
+	}
+	t.Parallel()
+	root, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &project{t: t, dir: filepath.Join(t.TempDir(), "latchkey"), name: "latchkey-integration-" + freePort(t)}
+	port := freePort(t)
+	// Nothing of the developer's own settings reaches the fresh clone.
+	for _, line := range os.Environ() {
+		switch name, _, _ := strings.Cut(line, "="); name {
+		case "PATH", "HOME", "TMPDIR", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "DOCKER_BUILDKIT", "XDG_RUNTIME_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY":
+			p.env = append(p.env, line)
+		}
+	}
+	p.env = append(p.env, "PORT="+port)
+	run(t, "", os.Environ(), "git", "clone", "--quiet", "--no-local", root, p.dir)
+	t.Cleanup(func() {
+		// The test's own context is over by now.
+		cmd := exec.Command("docker", "compose", "--project-name", p.name, "down", "--volumes", "--rmi", "local", "--timeout", "5")
+		cmd.Dir, cmd.Env = p.dir, p.env
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("docker compose down: %v\n%s", err, out)
+		}
+	})
+	p.compose("up", "--build", "--wait")
+	s := &server{URL: "http://127.0.0.1:" + port, env: vars{"NODE_ENV": "development"}}
+
+	// The flow, through the published port. Every client here is the Docker host: there is no trusted proxy.
+	v := s.signup(t)
+	other := v.login()
+	v.lives()
+	v.send("GET", "/auth/me", nil).want(200)
+	other.send("POST", "/auth/logout", nil).want(200)
+	other.gone()
+	s.send(t, request{method: "GET", path: "/auth/me", header: from(frontend)}).want(401)
+
+	p.assertContainers(port)
+	p.assertImage()
+
+	p.compose("restart")
+	p.compose("up", "--wait")
+	again := v.login() // PostgreSQL kept the user,
+	ids := []any{}
+	for _, x := range again.sessions() {
+		ids = append(ids, x["id"])
+	}
+	if !slices.Contains(ids, any(v.sid())) || len(ids) != 2 { // and Redis the session.
+		t.Errorf("the sessions after the restart are %v, want the one of before too, %s", ids, v.sid())
+	}
+	p.compose("down")
+	p.compose("up", "--wait")
+	v.login()
+}
+
+// inspect is what the engine says of a service's container.
+type inspect struct {
+	Image  string
+	Config struct {
+		User string
+	}
+	HostConfig struct {
+		ReadonlyRootfs bool
+		CapDrop        []string
+		CapAdd         []string
+		Privileged     bool
+		PortBindings   map[string][]struct{ HostIP, HostPort string }
+	}
+}
+
+func (p *project) inspect(service string) inspect {
+	p.t.Helper()
+	id := strings.TrimSpace(p.compose("ps", "--quiet", service))
+	var found []inspect
+	if err := json.Unmarshal([]byte(run(p.t, p.dir, p.env, "docker", "container", "inspect", id)), &found); err != nil {
+		p.t.Fatal(err)
+	}
+	return found[0]
+}
+
+// assertContainers is "nothing published but the server's port on 127.0.0.1", and the server locked in.
+func (p *project) assertContainers(port string) {
+	p.t.Helper()
+	for _, service := range strings.Fields(p.compose("config", "--services")) {
+		published := fmt.Sprint(p.inspect(service).HostConfig.PortBindings)
+		want := "map[]"
+		if service == "server" {
+			want = fmt.Sprintf("map[%s/tcp:[{127.0.0.1 %s}]]", port, port)
+		}
+		if published != want {
+			p.t.Errorf("%s publishes %s, want %s", service, published, want)
+		}
+	}
+	c := p.inspect("server")
+	if !c.HostConfig.ReadonlyRootfs || !slices.Equal(c.HostConfig.CapDrop, []string{"ALL"}) || len(c.HostConfig.CapAdd) != 0 || c.HostConfig.Privileged {
+		p.t.Errorf("the server's container is not locked in: %+v", c.HostConfig)
+	}
+	if user, _, _ := strings.Cut(c.Config.User, ":"); user == "" || user == "0" || user == "root" {
+		p.t.Errorf("the server runs as %q", c.Config.User)
+	}
+}
+
+// assertImage is "FROM scratch, non-root, under 15 MB".
+func (p *project) assertImage() {
+	p.t.Helper()
+	id := p.inspect("server").Image
+	var found []struct {
+		Size   int64
+		Config struct{ User string }
+	}
+	if err := json.Unmarshal([]byte(run(p.t, p.dir, p.env, "docker", "image", "inspect", id)), &found); err != nil {
+		p.t.Fatal(err)
+	}
+	if found[0].Size >= 15_000_000 || found[0].Config.User == "" || strings.HasPrefix(found[0].Config.User, "0") {
+		p.t.Errorf("the image has %d bytes and runs as %q", found[0].Size, found[0].Config.User)
+	}
+	p.t.Logf("the image has %.1f MB", float64(found[0].Size)/1e6)
+	for _, shell := range []string{"/bin/sh", "sh", "/bin/busybox", "/usr/bin/env"} {
+		cmd := exec.CommandContext(p.t.Context(), "docker", "run", "--rm", "--entrypoint", shell, id)
+		var exit *exec.ExitError
+		if err := cmd.Run(); !errors.As(err, &exit) || exit.ExitCode() != 127 {
+			p.t.Errorf("docker run --entrypoint %s: %v, want exit status 127", shell, err)
+		}
+	}
+	container := strings.TrimSpace(run(p.t, p.dir, p.env, "docker", "create", id))
+	defer run(p.t, p.dir, p.env, "docker", "rm", "--volumes", container)
+	files := []string{}
+	for archive := tar.NewReader(strings.NewReader(run(p.t, p.dir, p.env, "docker", "export", container))); ; {
+		header, err := archive.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if header.Typeflag == tar.TypeReg && header.Size > 0 {
+			files = append(files, header.Name)
+		}
+	}
+	slices.Sort(files)
+	if want := []string{"etc/ssl/certs/ca-certificates.crt", "latchkey"}; !slices.Equal(files, want) {
+		p.t.Errorf("the image holds %q, want %q", files, want)
+	}
+}

@@ -1,6 +1,0 @@
-package integration
-
-import (
-	_ "github.com/chromedp/chromedp"
-	_ "github.com/prometheus/common/expfmt"
-)

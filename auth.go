@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"mime"
 	"net/http"
 	"net/mail"
@@ -107,32 +106,41 @@ func (a *auth) requireAuth(next func(http.ResponseWriter, *http.Request, claims)
 	})
 }
 
-// decode reads the body as a JSON object and the fields out of it, by member name, as strings.
-func decode(w http.ResponseWriter, r *http.Request, fields map[string]*string) error {
+// input reads the body as a JSON object and the strings in it that checks names, by member name. A check returns what
+// is wrong with its value, "" if nothing is.
+func input(w http.ResponseWriter, r *http.Request, checks map[string]func(string) string) (map[string]string, error) {
 	if r.ContentLength > maxBodyBytes {
-		return fail("body_too_large")
+		w.Header().Set("Connection", "close") // else net/http reads it all before it answers
+		return nil, fail("body_too_large")
 	}
 	if media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || media != "application/json" {
-		return fail("unsupported_media_type")
+		return nil, fail("unsupported_media_type")
 	}
 	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return fail("body_too_large")
+		return nil, fail("body_too_large")
 	}
 	var members object
 	if err == nil {
 		members, err = readObject(data)
 	}
-	for name, field := range fields {
-		*field = members.text(name, &err)
+	values, details := map[string]string{}, map[string]string{}
+	for name, check := range checks {
+		values[name] = members.text(name, &err)
+		if fault := check(values[name]); fault != "" {
+			details[name] = fault
+		}
 	}
-	if err != nil {
-		return fail("invalid_json")
+	switch {
+	case err != nil:
+		return nil, fail("invalid_json")
+	case len(details) > 0:
+		return nil, &apiError{code: "validation_failed", details: details}
 	}
-	return nil
+	return values, nil
 }
 
-// device says where the request comes from.
+// deviceOf says where a request comes from.
 func deviceOf(r *http.Request) device {
 	agent := r.UserAgent()
 	return device{aboutRequest(r).ip.String(), strings.ToValidUTF8(agent[:min(len(agent), maxAgentBytes)], "")}
@@ -182,8 +190,9 @@ func normalizeEmail(email string) string {
 	}, strings.TrimSpace(email))
 }
 
-// emailFault says what is wrong with a normalized address, "" if nothing is.
+// emailFault says what is wrong with the address of a new account, "" if nothing is.
 func emailFault(email string) string {
+	email = normalizeEmail(email)
 	odd := func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsGraphic(r) }
 	parsed, err := mail.ParseAddress(email)
 	switch {
@@ -220,15 +229,6 @@ func required(value string) string {
 		return "This field is required"
 	}
 	return ""
-}
-
-// validate returns validation_failed with the faults that are not "", nil if none is.
-func validate(faults map[string]string) error {
-	maps.DeleteFunc(faults, func(_, fault string) bool { return fault == "" })
-	if len(faults) == 0 {
-		return nil
-	}
-	return &apiError{code: "validation_failed", details: faults}
 }
 
 // ---- password hashing
@@ -304,7 +304,7 @@ func (a *auth) withPassword(r *http.Request, email, password string, find func()
 	case err != nil:
 		return fmt.Errorf("%w: login limit: %v", errUnavailable, err)
 	case wait > 0:
-		a.metrics.count("latchkey_login_limited_total")
+		a.metrics.add("latchkey_login_limited_total", 1)
 		return &apiError{code: "too_many_attempts", retryAfter: wait}
 	}
 	ok := false
@@ -332,19 +332,15 @@ func (a *auth) withPassword(r *http.Request, email, password string, find func()
 // ---- handlers
 
 func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
-	var email, password string
-	if err := decode(w, r, map[string]*string{"email": &email, "password": &password}); err != nil {
-		return err
-	}
-	email = normalizeEmail(email)
-	if err := validate(map[string]string{"email": emailFault(email), "password": passwordFault(password)}); err != nil {
-		return err
-	}
-	hash, err := a.hasher.hash(r.Context(), password)
+	in, err := input(w, r, map[string]func(string) string{"email": emailFault, "password": passwordFault})
 	if err != nil {
 		return err
 	}
-	u, g, err := a.store.createUser(r.Context(), email, hash, newUUID(), newUUID(), deviceOf(r))
+	hash, err := a.hasher.hash(r.Context(), in["password"])
+	if err != nil {
+		return err
+	}
+	u, g, err := a.store.createUser(r.Context(), normalizeEmail(in["email"]), hash, newUUID(), newUUID(), deviceOf(r))
 	if errors.Is(err, errEmailExists) {
 		return fail("email_exists")
 	}
@@ -352,29 +348,24 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	aboutRequest(r).userID = u.ID
-	writeJSON(w, http.StatusCreated, answer{"User created successfully", &publicUser{u.ID, u.Email, &u.CreatedAt},
+	return writeJSON(w, http.StatusCreated, answer{"User created successfully", &publicUser{u.ID, u.Email, &u.CreatedAt},
 		a.giveTokens(w, u, g, u.Email)})
-	return nil
 }
 
 func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
-	var email, password string
-	if err := decode(w, r, map[string]*string{"email": &email, "password": &password}); err != nil {
+	in, err := input(w, r, map[string]func(string) string{"email": required, "password": required})
+	if err != nil {
 		return err
 	}
-	email = normalizeEmail(email)
-	if err := validate(map[string]string{"email": required(email), "password": required(password)}); err != nil {
-		return err
-	}
+	email := normalizeEmail(in["email"])
 	find := func() (user, error) { return a.store.userByEmail(r.Context(), email) }
-	return a.withPassword(r, email, password, find, func(u user) error {
+	return a.withPassword(r, email, in["password"], find, func(u user) error {
 		g, err := a.store.openSession(r.Context(), u, newUUID(), newUUID(), deviceOf(r))
 		if err != nil {
 			return err
 		}
-		a.upgradeHash(r, u, password)
-		writeJSON(w, http.StatusOK, answer{"Login successful", &publicUser{u.ID, u.Email, nil}, a.giveTokens(w, u, g, u.Email)})
-		return nil
+		a.upgradeHash(r, u, in["password"])
+		return writeJSON(w, http.StatusOK, answer{"Login successful", &publicUser{u.ID, u.Email, nil}, a.giveTokens(w, u, g, u.Email)})
 	})
 }
 
@@ -424,12 +415,11 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 	case g.Resent:
 		outcome = "resent"
 	}
-	a.metrics.count(`latchkey_refresh_total{outcome="` + outcome + `"}`)
+	a.metrics.add(`latchkey_refresh_total{outcome="`+outcome+`"}`, 1)
 	if err != nil {
 		return err
 	}
-	writeJSON(w, http.StatusOK, answer{AccessToken: a.giveTokens(w, u, g, c.Email)})
-	return nil
+	return writeJSON(w, http.StatusOK, answer{AccessToken: a.giveTokens(w, u, g, c.Email)})
 }
 
 // logout ends the session of the access token or, where that is missing or expired, of the cookie.
@@ -451,8 +441,7 @@ func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	writeJSON(w, http.StatusOK, answer{Message: "Logout successful"})
-	return nil
+	return writeJSON(w, http.StatusOK, answer{Message: "Logout successful"})
 }
 
 // account returns the user whose token it is, or user_not_found.
@@ -469,8 +458,7 @@ func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
 	if err != nil {
 		return err
 	}
-	writeJSON(w, http.StatusOK, answer{User: &publicUser{u.ID, u.Email, &u.CreatedAt}})
-	return nil
+	return writeJSON(w, http.StatusOK, answer{User: &publicUser{u.ID, u.Email, &u.CreatedAt}})
 }
 
 func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) error {
@@ -478,8 +466,7 @@ func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) er
 	if err != nil {
 		return err
 	}
-	writeJSON(w, http.StatusOK, map[string][]session{"sessions": sessions})
-	return nil
+	return writeJSON(w, http.StatusOK, map[string][]session{"sessions": sessions})
 }
 
 func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) error {
@@ -497,8 +484,7 @@ func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) e
 	if sid == c.SessionID {
 		a.clearCookie(w)
 	}
-	writeJSON(w, http.StatusOK, answer{Message: "Session revoked"})
-	return nil
+	return writeJSON(w, http.StatusOK, answer{Message: "Session revoked"})
 }
 
 func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) error {
@@ -506,49 +492,42 @@ func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) 
 		return err
 	}
 	a.clearCookie(w)
-	writeJSON(w, http.StatusOK, answer{Message: "All sessions revoked"})
-	return nil
+	return writeJSON(w, http.StatusOK, answer{Message: "All sessions revoked"})
 }
 
-// A wrong password on the account routes counts as a failed login.
-
 func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) error {
-	var current, next string
-	if err := decode(w, r, map[string]*string{"currentPassword": &current, "newPassword": &next}); err != nil {
+	in, err := input(w, r, map[string]func(string) string{"currentPassword": required, "newPassword": passwordFault})
+	if err != nil {
 		return err
 	}
-	if err := validate(map[string]string{"currentPassword": required(current), "newPassword": passwordFault(next)}); err != nil {
-		return err
-	}
-	find := func() (user, error) { return a.account(r, c) }
-	return a.withPassword(r, normalizeEmail(c.Email), current, find, func(u user) error {
-		hash, err := a.hasher.hash(r.Context(), next)
+	return a.confirm(r, c, in["currentPassword"], func(u user) error {
+		hash, err := a.hasher.hash(r.Context(), in["newPassword"])
 		if err != nil {
 			return err
 		}
 		if err := a.store.changePassword(r.Context(), u, hash, c.SessionID); err != nil {
 			return err
 		}
-		writeJSON(w, http.StatusOK, answer{Message: "Password changed"})
-		return nil
+		return writeJSON(w, http.StatusOK, answer{Message: "Password changed"})
 	})
 }
 
 func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) error {
-	var password string
-	if err := decode(w, r, map[string]*string{"password": &password}); err != nil {
+	in, err := input(w, r, map[string]func(string) string{"password": required})
+	if err != nil {
 		return err
 	}
-	if err := validate(map[string]string{"password": required(password)}); err != nil {
-		return err
-	}
-	find := func() (user, error) { return a.account(r, c) }
-	return a.withPassword(r, normalizeEmail(c.Email), password, find, func(u user) error {
+	return a.confirm(r, c, in["password"], func(u user) error {
 		if err := a.store.deleteUser(r.Context(), u, c.SessionID); err != nil {
 			return err
 		}
 		a.clearCookie(w)
-		writeJSON(w, http.StatusOK, answer{Message: "Account deleted"})
-		return nil
+		return writeJSON(w, http.StatusOK, answer{Message: "Account deleted"})
 	})
+}
+
+// confirm calls then if password is the account's. A wrong one counts as a failed login.
+func (a *auth) confirm(r *http.Request, c claims, password string, then func(user) error) error {
+	find := func() (user, error) { return a.account(r, c) }
+	return a.withPassword(r, normalizeEmail(c.Email), password, find, then)
 }

@@ -70,6 +70,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
@@ -151,7 +152,7 @@ var processors = sync.OnceValue(func() int {
 // flight end, and the pools close last.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	log := newLogger(cfg, stdout)
-	redis.SetLogger(redisLogger{log})
+	logging.Disable() // what fails a request in go-redis is logged with the request
 	if cfg.randomSecrets {
 		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: random ones, sessions end with this process")
 	}
@@ -233,13 +234,6 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-// redisLogger takes what go-redis has to say. What fails a request is logged with that request anyway.
-type redisLogger struct{ log *slog.Logger }
-
-func (l redisLogger) Printf(ctx context.Context, format string, v ...any) {
-	l.log.DebugContext(ctx, "redis: "+fmt.Sprintf(format, v...))
-}
-
 // newHandler wires the parts and lists all routes.
 func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draining *atomic.Bool) (http.Handler, *metrics, error) {
 	store, err1 := newStore(db, rdb, cfg.policy)
@@ -256,7 +250,7 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draini
 
 	mux, methods := http.NewServeMux(), map[string][]string{}
 	route := func(method, path string, h http.Handler) {
-		mux.Handle(method+" "+path, noteRoute(sameOrigin(h)))
+		mux.Handle(method+" "+path, sameOrigin(h))
 		methods[path] = append(methods[path], method)
 	}
 	route("POST", "/auth/signup", handle(a.signup))
@@ -269,14 +263,31 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draini
 	route("DELETE", "/auth/sessions", a.requireAuth(a.revokeSessions))
 	route("DELETE", "/auth/sessions/{id}", a.requireAuth(a.revokeSession))
 	route("PUT", "/auth/password", a.requireAuth(a.changePassword))
-	route("GET", "/healthz", http.HandlerFunc(healthy))
+	route("GET", "/healthz", handle(func(w http.ResponseWriter, _ *http.Request) error {
+		return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+	}))
 	route("GET", "/readyz", readiness(store, draining))
-	for path, allowed := range methods {
-		mux.Handle(path, noteRoute(methodNotAllowed(allowed)))
+	for path, allowed := range methods { // any other method: RFC 9110 section 15.5.6
+		if slices.Contains(allowed, "GET") {
+			allowed = append(allowed, "HEAD")
+		}
+		slices.Sort(allowed)
+		mux.Handle(path, handle(func(w http.ResponseWriter, _ *http.Request) error {
+			w.Header().Set("Allow", strings.Join(allowed, ", "))
+			return fail("method_not_allowed")
+		}))
 	}
-	mux.Handle("/", handle(func(http.ResponseWriter, *http.Request) error { return fail("not_found") }))
+	notFound := handle(func(http.ResponseWriter, *http.Request) error { return fail("not_found") })
+	mux.Handle("/", notFound)
 
-	h := pathAsWritten(mux)
+	var h http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The mux would redirect to another spelling of the path, or take it for this one.
+		if p := r.URL.Path; p == "" || p != path.Clean(p) || p != r.URL.EscapedPath() {
+			notFound.ServeHTTP(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
 	for _, wrap := range []func(http.Handler) http.Handler{ // the last is the outermost
 		rateLimit(requests, metrics), cors(cfg.origins), observe(log, metrics), identify(cfg.trustedProxies)} {
 		h = wrap(h)
@@ -284,45 +295,10 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draini
 	return h, metrics, nil
 }
 
-// noteRoute notes the pattern that the mux matched, for the log.
-func noteRoute(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		aboutRequest(r).route = r.Pattern
-		next.ServeHTTP(w, r)
-	})
-}
-
-// pathAsWritten answers 404 where the mux would redirect to another spelling of the path, or take one for it.
-func pathAsWritten(mux *http.ServeMux) http.Handler {
-	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		if p := r.URL.Path; p == "" || p != path.Clean(p) || p != r.URL.EscapedPath() {
-			return fail("not_found")
-		}
-		mux.ServeHTTP(w, r)
-		return nil
-	})
-}
-
-// methodNotAllowed answers 405 for a path that has other methods (RFC 9110 section 15.5.6).
-func methodNotAllowed(methods []string) http.Handler {
-	if slices.Contains(methods, "GET") {
-		methods = append(methods, "HEAD")
-	}
-	slices.Sort(methods)
-	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		w.Header().Set("Allow", strings.Join(methods, ", "))
-		return fail("method_not_allowed")
-	})
-}
-
-func healthy(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
-}
-
 // readiness answers whether both stores do, and whether the process means to stay.
-func readiness(s *store, draining *atomic.Bool) http.HandlerFunc {
+func readiness(s *store, draining *atomic.Bool) http.Handler {
 	word := map[bool]string{true: "ok", false: "unavailable"}
-	return func(w http.ResponseWriter, r *http.Request) {
+	return handle(func(w http.ResponseWriter, r *http.Request) error {
 		postgresErr, redisErr := s.ready(r.Context())
 		status, ready := http.StatusOK, postgresErr == nil && redisErr == nil && !draining.Load()
 		if !ready {
@@ -330,12 +306,9 @@ func readiness(s *store, draining *atomic.Bool) http.HandlerFunc {
 			w.Header().Set("Retry-After", "1")
 			aboutRequest(r).err = &apiError{code: "unavailable", cause: errors.Join(postgresErr, redisErr)}
 		}
-		writeJSON(w, status, struct {
-			Status   string `json:"status"`
-			Postgres string `json:"postgres"`
-			Redis    string `json:"redis"`
-		}{word[ready], word[postgresErr == nil], word[redisErr == nil]})
-	}
+		return writeJSON(w, status, map[string]string{
+			"status": word[ready], "postgres": word[postgresErr == nil], "redis": word[redisErr == nil]})
+	})
 }
 
 // gauges is what metrics reads when it is asked: hashing, connection pools, Go's runtime.
@@ -369,23 +342,18 @@ func gauges(h *hasher, db *pgxpool.Pool, rdb once) map[string]func() float64 {
 
 // config is what the environment says, checked.
 type config struct {
-	env                   string
-	port                  int
-	database              *pgxpool.Config
-	redis                 *redis.UniversalOptions
-	origins               []string
-	access, refresh       keys
-	randomSecrets         bool
-	accessTTL             time.Duration
-	policy                policy
-	rateMax, rateWindow   int
-	loginMax, loginWindow int
-	sameSite              http.SameSite
-	trustedProxies        []netip.Prefix
-	bcryptCost            int
-	metricsAddr           string
-	logLevel              slog.Level
-	shutdownTimeout       time.Duration
+	env, metricsAddr                                             string
+	port, rateMax, rateWindow, loginMax, loginWindow, bcryptCost int
+	accessTTL, shutdownTimeout                                   time.Duration
+	database                                                     *pgxpool.Config
+	redis                                                        *redis.UniversalOptions
+	policy                                                       policy
+	access, refresh                                              keys
+	randomSecrets                                                bool
+	origins                                                      []string
+	trustedProxies                                               []netip.Prefix
+	sameSite                                                     http.SameSite
+	logLevel                                                     slog.Level
 }
 
 // environment reads variables and collects their faults, each with the variable's name and never with its value.
@@ -525,25 +493,21 @@ func (e *environment) database() *pgxpool.Config {
 	return cfg
 }
 
-// redis reads REDIS_URL. Each call has its time limit; the client itself retries nothing.
+// redis reads REDIS_URL. The client retries nothing; a call that is not answered in time has failed.
 func (e *environment) redis() *redis.UniversalOptions {
 	value := e.text("REDIS_URL", e.inDev("redis://localhost:6379"))
-	o := &redis.UniversalOptions{MaxRetries: -1, DialerRetries: 1, ContextTimeoutEnabled: true,
-		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
+	o := &redis.UniversalOptions{MaxRetries: -1, DialerRetries: 1, DialTimeout: redisTimeout, ReadTimeout: redisTimeout,
+		WriteTimeout: redisTimeout, PoolTimeout: redisTimeout, MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
 	u, err := url.Parse(value)
-	switch {
-	case err != nil || u.Scheme != "redis" && u.Scheme != "rediss":
-		err = errors.New("no Redis URL")
-	case u.Query().Has("addr"):
+	if err == nil && u.Query().Has("addr") {
 		var c *redis.ClusterOptions
 		if c, err = redis.ParseClusterURL(value); err == nil {
 			o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig
 		}
-	default:
-		var c *redis.Options
-		if c, err = redis.ParseURL(value); err == nil {
-			o.Addrs, o.DB, o.Username, o.Password, o.TLSConfig = []string{c.Addr}, c.DB, c.Username, c.Password, c.TLSConfig
-		}
+	} else if c, parseErr := redis.ParseURL(value); parseErr == nil && u.Scheme != "unix" {
+		o.Addrs, o.DB, o.Username, o.Password, o.TLSConfig = []string{c.Addr}, c.DB, c.Username, c.Password, c.TLSConfig
+	} else {
+		err = errors.New("no Redis URL")
 	}
 	if err != nil && value != "" {
 		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, or rediss:// for TLS")

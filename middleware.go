@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -30,14 +31,13 @@ import (
 type apiError struct {
 	code       string
 	details    map[string]string // field name to message, with validation_failed
-	retryAfter time.Duration     // with 429
+	retryAfter time.Duration     // with 429; a 503 says one second
 	refused    bool              // with 401: a Bearer token was shown
 	cause      error
 }
 
 func (e *apiError) Error() string { return fmt.Sprintf("%s: %v", e.code, e.cause) }
 
-// fail is the apiError that has nothing but a code.
 func fail(code string) error { return &apiError{code: code} }
 
 // responses says what a code is answered with.
@@ -68,7 +68,7 @@ var responses = map[string]struct {
 	"overloaded":             {503, "Server is busy"},
 }
 
-// writeError answers err. What is no apiError is told as 503 where a store did not answer, else as 500.
+// writeError answers err: what is no apiError as 503 where a store did not answer, else as 500.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var e *apiError
 	switch {
@@ -80,19 +80,15 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	}
 	about, response := aboutRequest(r), responses[e.code]
 	about.err = e
-	switch response.status {
-	case http.StatusUnauthorized: // RFC 6750 section 3
-		challenge := "Bearer"
-		if e.refused {
-			challenge = `Bearer error="invalid_token"`
-		}
-		w.Header().Set("WWW-Authenticate", challenge)
-	case http.StatusTooManyRequests:
+	switch {
+	case response.status == 401 && e.refused: // RFC 6750 section 3
+		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
+	case response.status == 401:
+		w.Header().Set("WWW-Authenticate", "Bearer")
+	case response.status == 429 || response.status == 503:
 		w.Header().Set("Retry-After", seconds(e.retryAfter))
-	case http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", "1")
 	}
-	writeJSON(w, response.status, struct {
+	_ = writeJSON(w, response.status, struct {
 		Error      string            `json:"error"`
 		StatusCode int               `json:"statusCode"`
 		RequestID  string            `json:"requestId"`
@@ -102,18 +98,19 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	}{response.message, response.status, about.id, time.Now().UTC().Format(time.RFC3339), e.code, e.details})
 }
 
-// writeJSON encodes v before it writes the status, so that an answer is whole or a 500.
-func writeJSON(w http.ResponseWriter, status int, v any) {
+// writeJSON encodes v before it writes the status: an answer is whole, or none and an error.
+func writeJSON(w http.ResponseWriter, status int, v any) error {
 	var body bytes.Buffer
 	if err := json.NewEncoder(&body).Encode(v); err != nil {
-		panic(err) // only a type that cannot be encoded
+		return err
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
-	_, _ = w.Write(body.Bytes())
+	_, _ = w.Write(body.Bytes()) // a client that hung up is no error of ours
+	return nil
 }
 
-// seconds rounds up to whole seconds, at least one: a client that comes back then is not early.
+// seconds rounds up to whole seconds, at least one: who comes back then is not early.
 func seconds(d time.Duration) string {
 	return strconv.Itoa(max(1, int(math.Ceil(d.Seconds()))))
 }
@@ -129,11 +126,10 @@ func handle(h func(http.ResponseWriter, *http.Request) error) http.Handler {
 
 // ---- what is known of a request
 
-// about is what the middleware and the handlers note of a request, for each other and for the log.
+// about is what middleware and handlers note of a request, for each other and for the log.
 type about struct {
 	id     string
 	ip     netip.Addr
-	route  string // the pattern it matched
 	userID string
 	err    *apiError
 }
@@ -142,20 +138,19 @@ type aboutKey struct{}
 
 func aboutRequest(r *http.Request) *about { return r.Context().Value(aboutKey{}).(*about) }
 
-// identify gives the request its id and its client IP, and the response the headers that all have.
+// identify gives the request its id and its client IP, and the response the headers that all have. From here on
+// a client that hangs up cancels nothing: what has begun, a rotation say, is carried to its end, in bounded time.
 func identify(trusted []netip.Prefix) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			id := r.Header.Get("X-Request-Id")
-			if !isUUID(id) {
-				id = newUUID()
+			a := &about{id: r.Header.Get("X-Request-Id"), ip: clientIP(r.RemoteAddr, r.Header.Values("X-Forwarded-For"), trusted)}
+			if !isUUID(a.id) {
+				a.id = newUUID()
 			}
-			h := w.Header()
-			h.Set("X-Request-Id", id)
-			h.Set("Cache-Control", "no-store")
-			h.Set("X-Content-Type-Options", "nosniff")
-			a := &about{id: id, ip: clientIP(r.RemoteAddr, r.Header.Values("X-Forwarded-For"), trusted)}
-			next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), aboutKey{}, a)))
+			w.Header().Set("X-Request-Id", a.id)
+			w.Header().Set("Cache-Control", "no-store")
+			w.Header().Set("X-Content-Type-Options", "nosniff")
+			next.ServeHTTP(w, r.WithContext(context.WithValue(context.WithoutCancel(r.Context()), aboutKey{}, a)))
 		})
 	}
 }
@@ -169,35 +164,21 @@ func newUUID() string {
 }
 
 // isUUID reports whether s is a UUID in its 36-character form, in either case.
-func isUUID(s string) bool {
-	if len(s) != 36 {
-		return false
-	}
-	for i, c := range []byte(s) {
-		if dash := i == 8 || i == 13 || i == 18 || i == 23; dash != (c == '-') ||
-			!dash && !strings.ContainsRune("0123456789abcdefABCDEF", rune(c)) {
-			return false
-		}
-	}
-	return true
-}
+var isUUID = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`).MatchString
 
-// clientIP returns the address of the client behind peer ("ip:port"). Only a trusted peer's X-Forwarded-For
-// counts. It is read from the right, where the proxies nearest to us wrote: each trusted hop vouches for the one
-// before it, and what stands left of an untrusted or unreadable one is the client's own invention.
+// clientIP returns the address of the client behind peer ("ip:port"). Only a trusted peer's X-Forwarded-For counts.
+// It is read from the right, where the nearest proxies wrote: each trusted hop vouches for the one before it, and
+// what stands left of an untrusted or unreadable one is the client's own invention.
 func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Addr {
 	addrPort, _ := netip.ParseAddrPort(peer)
 	ip := addrPort.Addr().Unmap().WithZone("")
 	hops := strings.Split(strings.Join(forwarded, ","), ",")
-	for i := len(hops) - 1; i >= 0; i-- {
-		if !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(ip) }) {
+	for _, hop := range slices.Backward(hops) {
+		addr, err := netip.ParseAddr(strings.Trim(hop, " \t"))
+		if err != nil || !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(ip) }) {
 			break
 		}
-		hop, err := netip.ParseAddr(strings.Trim(hops[i], " \t"))
-		if err != nil {
-			break
-		}
-		ip = hop.Unmap().WithZone("")
+		ip = addr.Unmap().WithZone("")
 	}
 	return ip
 }
@@ -227,19 +208,17 @@ func observe(log *slog.Logger, m *metrics) func(http.Handler) http.Handler {
 					writeError(rec, r, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
 				}
 				took := time.Since(start)
-				attrs := []slog.Attr{slog.String("requestId", a.id), slog.String("method", r.Method),
-					slog.String("path", r.URL.Path), slog.String("route", a.route), slog.Int("status", rec.status),
+				m.observe(r.Method, r.Pattern, rec.status, took)
+				level, attrs := slog.LevelInfo, []slog.Attr{slog.String("requestId", a.id), slog.String("method", r.Method),
+					slog.String("path", r.URL.Path), slog.String("route", r.Pattern), slog.Int("status", rec.status),
 					slog.Float64("durationMs", float64(took.Microseconds())/1000), slog.String("ip", a.ip.String())}
 				if a.userID != "" {
 					attrs = append(attrs, slog.String("userId", a.userID))
 				}
-				level := slog.LevelInfo
-				if rec.status >= 500 && a.err != nil {
-					level = slog.LevelError
-					attrs = append(attrs, slog.String("error", a.err.Error()))
+				if a.err != nil && rec.status >= 500 {
+					level, attrs = slog.LevelError, append(attrs, slog.String("error", a.err.Error()))
 				}
 				log.LogAttrs(r.Context(), level, "request", attrs...)
-				m.observe(r.Method, a.route, rec.status, took)
 			}()
 			next.ServeHTTP(rec, r)
 		})
@@ -248,28 +227,25 @@ func observe(log *slog.Logger, m *metrics) func(http.Handler) http.Handler {
 
 // ---- browsers
 
-// isListed reports whether the Origin header is one of the frontend's origins.
-func isListed(origins []string, origin string) bool {
-	return origin != "" && slices.Contains(origins, origin)
-}
-
 // cors lets scripts of the listed origins read responses (Fetch standard, "CORS protocol"), and answers preflights.
 func cors(origins []string) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			h, origin := w.Header(), r.Header.Get("Origin")
-			h.Add("Vary", "Origin")
+			listed := slices.Contains(origins, origin)
 			preflight := r.Method == http.MethodOptions && origin != "" && r.Header.Get("Access-Control-Request-Method") != ""
-			if isListed(origins, origin) {
+			h.Set("Vary", "Origin")
+			if listed {
 				h.Set("Access-Control-Allow-Origin", origin)
 				h.Set("Access-Control-Allow-Credentials", "true")
-				if preflight {
-					h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE")
-					h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
-					h.Set("Access-Control-Max-Age", "600")
-				} else {
-					h.Set("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, RateLimit, RateLimit-Policy")
-				}
+			}
+			switch {
+			case listed && preflight:
+				h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE")
+				h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
+				h.Set("Access-Control-Max-Age", "600")
+			case listed:
+				h.Set("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, RateLimit, RateLimit-Policy")
 			}
 			if preflight {
 				w.WriteHeader(http.StatusNoContent)
@@ -280,8 +256,8 @@ func cors(origins []string) func(http.Handler) http.Handler {
 	}
 }
 
-// refuseCrossOrigin keeps the pages of other sites from acting with the user's cookie. The standard library
-// trusts Sec-Fetch-Site where there is one; here an Origin, too, has to be listed or the server's own.
+// refuseCrossOrigin keeps the pages of other sites from acting with the user's cookie. The standard library's check
+// takes Sec-Fetch-Site's word where there is one; here an Origin has to be listed or the server's own as well.
 func refuseCrossOrigin(origins []string) (func(http.Handler) http.Handler, error) {
 	protection := http.NewCrossOriginProtection()
 	for _, origin := range origins {
@@ -289,22 +265,16 @@ func refuseCrossOrigin(origins []string) (func(http.Handler) http.Handler, error
 			return nil, err
 		}
 	}
-	foreign := func(r *http.Request) bool {
-		origin := r.Header.Get("Origin")
-		if origin == "" || isListed(origins, origin) {
-			return false
-		}
-		u, err := url.Parse(origin)
-		return err != nil || u.Host == "" || u.Host != r.Host
-	}
 	return func(next http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			safe := r.Method == http.MethodGet || r.Method == http.MethodHead
-			if !safe && (foreign(r) || protection.Check(r) != nil) {
-				writeError(w, r, fail("cross_origin"))
-				return
+		return handle(func(w http.ResponseWriter, r *http.Request) error {
+			origin := r.Header.Get("Origin")
+			u, err := url.Parse(origin)
+			foreign := origin != "" && !slices.Contains(origins, origin) && (err != nil || u.Host == "" || u.Host != r.Host)
+			if r.Method != http.MethodGet && r.Method != http.MethodHead && (foreign || protection.Check(r) != nil) {
+				return fail("cross_origin")
 			}
 			next.ServeHTTP(w, r)
+			return nil
 		})
 	}, nil
 }
@@ -313,34 +283,31 @@ func refuseCrossOrigin(origins []string) (func(http.Handler) http.Handler, error
 
 // rateLimit counts every request but those of the health routes (draft-ietf-httpapi-ratelimit-headers).
 func rateLimit(l *limiter, m *metrics) func(http.Handler) http.Handler {
-	quota := fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.window)
 	return func(next http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		return handle(func(w http.ResponseWriter, r *http.Request) error {
 			if l.max == 0 || r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
 				next.ServeHTTP(w, r)
-				return
+				return nil
 			}
 			left, reset, err := l.request(r.Context(), aboutRequest(r).ip)
 			if err != nil {
-				writeError(w, r, fmt.Errorf("%w: rate limit: %v", errUnavailable, err))
-				return
+				return fmt.Errorf("%w: rate limit: %v", errUnavailable, err)
 			}
-			w.Header().Set("RateLimit-Policy", quota)
+			w.Header().Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.window))
 			w.Header().Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
 			if left < 0 {
-				m.count("latchkey_rate_limited_total")
-				writeError(w, r, &apiError{code: "rate_limited", retryAfter: reset})
-				return
+				m.add("latchkey_rate_limited_total", 1)
+				return &apiError{code: "rate_limited", retryAfter: reset}
 			}
 			next.ServeHTTP(w, r)
+			return nil
 		})
 	}
 }
 
 // ---- metrics
 
-// metrics counts in memory and writes the Prometheus text format. A series is named as it is written there, with
-// its labels.
+// metrics counts in memory and writes the Prometheus text format. Series are named as they are written there.
 type metrics struct {
 	mu       sync.Mutex
 	counters map[string]float64
@@ -351,14 +318,11 @@ type metrics struct {
 var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1)}
 
 func newMetrics(gauges map[string]func() float64) *metrics {
-	m := &metrics{counters: map[string]float64{"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0}, gauges: gauges}
-	for _, outcome := range []string{"rotated", "resent", "reused", "theft"} {
-		m.counters[`latchkey_refresh_total{outcome="`+outcome+`"}`] = 0
-	}
-	return m
+	return &metrics{gauges: gauges, counters: map[string]float64{
+		"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0,
+		`latchkey_refresh_total{outcome="rotated"}`: 0, `latchkey_refresh_total{outcome="resent"}`: 0,
+		`latchkey_refresh_total{outcome="reused"}`: 0, `latchkey_refresh_total{outcome="theft"}`: 0}}
 }
-
-func (m *metrics) count(series string) { m.add(series, 1) }
 
 func (m *metrics) add(series string, n float64) {
 	m.mu.Lock()
@@ -371,40 +335,44 @@ func (m *metrics) observe(method, route string, status int, took time.Duration) 
 	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}, method) {
 		method = "other"
 	}
-	m.count(fmt.Sprintf(`latchkey_http_requests_total{route=%q,method=%q,status="%d"}`, route, method, status))
-	const duration = "latchkey_http_request_duration_seconds"
-	for _, bound := range durationBuckets { // all of them, each under its own name: a histogram is cumulative
+	m.add(fmt.Sprintf(`latchkey_http_requests_total{route=%q,method=%q,status="%d"}`, route, method, status), 1)
+	histogram := func(part, bound string, n float64) {
+		m.add(fmt.Sprintf("latchkey_http_request_duration_seconds_%s{route=%q%s}", part, route, bound), n)
+	}
+	for _, bound := range durationBuckets { // cumulative
 		n := 0.0
 		if took.Seconds() <= bound {
 			n = 1
 		}
-		m.add(fmt.Sprintf(`%s_bucket{route=%q,le="%v"}`, duration, route, bound), n)
+		histogram("bucket", fmt.Sprintf(`,le="%v"`, bound), n)
 	}
-	m.add(fmt.Sprintf("%s_sum{route=%q}", duration, route), took.Seconds())
-	m.add(fmt.Sprintf("%s_count{route=%q}", duration, route), 1)
+	histogram("sum", "", took.Seconds())
+	histogram("count", "", 1)
 }
 
-// ServeHTTP writes all series, sorted, so that those of a family stand together under one TYPE line.
+// ServeHTTP writes all series, sorted, those of a family under one TYPE line.
 func (m *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
 	all := maps.Clone(m.counters)
+	m.mu.Unlock()
 	for series, read := range m.gauges {
 		all[series] = read()
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	families := map[string]bool{}
+	family, kind := "", ""
 	for _, series := range slices.Sorted(maps.Keys(all)) {
-		family, _, _ := strings.Cut(series, "{")
-		kind := "gauge"
-		if strings.HasSuffix(family, "_total") {
-			kind = "counter"
+		name, _, _ := strings.Cut(series, "{")
+		base, _, histogram := strings.Cut(name, "_seconds_")
+		if histogram {
+			name = base + "_seconds"
 		}
-		if name, _, ok := strings.Cut(family, "_seconds_"); ok {
-			family, kind = name+"_seconds", "histogram"
-		}
-		if !families[family] {
-			families[family] = true
+		if name != family {
+			family, kind = name, "gauge"
+			if histogram {
+				kind = "histogram"
+			} else if strings.HasSuffix(name, "_total") {
+				kind = "counter"
+			}
 			fmt.Fprintf(w, "# TYPE %s %s\n", family, kind)
 		}
 		fmt.Fprintf(w, "%s %v\n", series, all[series])

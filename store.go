@@ -1,8 +1,7 @@
 package main
 
-// store.go keeps users in PostgreSQL and sessions in Redis, and applies schema.sql. Every call is bounded
-// in time and carried to its end whether or not the client still listens: a rotation that has begun is
-// not half undone by a closed laptop.
+// store.go keeps users in PostgreSQL and sessions in Redis, and applies schema.sql. Every call is bounded in time:
+// here for PostgreSQL, by its client's timeouts for Redis.
 
 import (
 	"cmp"
@@ -24,18 +23,18 @@ import (
 )
 
 const (
-	postgresTimeout = 1500 * time.Millisecond
-	redisTimeout    = 500 * time.Millisecond
+	postgresTimeout = 1500 * time.Millisecond // of one operation
+	redisTimeout    = 400 * time.Millisecond  // of each: connecting, sending, waiting for the answer
 )
 
 var (
 	errUnavailable = errors.New("store unavailable") // wraps whatever a store did not answer
+	errStale       = fmt.Errorf("%w: the password hash changed meanwhile", errUnavailable)
 	errNoUser      = errors.New("no such user")
 	errEmailExists = errors.New("email exists")
-	errStale       = fmt.Errorf("%w: the password hash changed meanwhile", errUnavailable)
 	errNoSession   = errors.New("no such session")
 	errReused      = errors.New("refresh token already exchanged")
-	errTheft       = errors.New("refresh token already exchanged, long ago")
+	errTheft       = errors.New("refresh token already exchanged, before the leeway")
 )
 
 // timestamp is a time that is written as JavaScript writes it: RFC 3339 in UTC with milliseconds.
@@ -90,8 +89,8 @@ func newStore(db *pgxpool.Pool, rdb once, p policy) (*store, error) {
 	return &store{db, rdb, p}, nil
 }
 
-// once is a Redis client that sends no script a second time: one that counts or rotates may have been
-// carried out although its answer was lost. MaxRetries does not say that to a cluster client.
+// once is a Redis client that sends no script a second time: one that counts or rotates may have been carried out
+// although its answer was lost. MaxRetries does not say that to a cluster client.
 type once struct{ redis.UniversalClient }
 
 type onceCmd struct{ *redis.Cmd }
@@ -99,15 +98,7 @@ type onceCmd struct{ *redis.Cmd }
 func (onceCmd) NoRetry() bool { return true }
 
 func (o once) EvalSha(ctx context.Context, sha1 string, keys []string, args ...any) *redis.Cmd {
-	return o.send(ctx, "evalsha", sha1, keys, args)
-}
-
-func (o once) Eval(ctx context.Context, script string, keys []string, args ...any) *redis.Cmd {
-	return o.send(ctx, "eval", script, keys, args)
-}
-
-func (o once) send(ctx context.Context, name, script string, keys []string, args []any) *redis.Cmd {
-	words := []any{name, script, len(keys)}
+	words := []any{"evalsha", sha1, len(keys)}
 	for _, key := range keys {
 		words = append(words, key)
 	}
@@ -118,29 +109,14 @@ func (o once) send(ctx context.Context, name, script string, keys []string, args
 
 // ready returns what keeps PostgreSQL and Redis from answering, nil for either that answers.
 func (s *store) ready(ctx context.Context) (postgres, redis error) {
-	done := make(chan error, 1)
-	go func() {
-		ctx, cancel := postgresContext(ctx)
-		defer cancel()
-		done <- s.db.Ping(ctx)
-	}()
-	ctx, cancel := redisContext(ctx)
+	pctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
-	redis = s.rdb.Ping(ctx).Err()
-	return <-done, redis
-}
-
-func postgresContext(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), postgresTimeout)
-}
-
-func redisContext(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
+	return s.db.Ping(pctx), s.rdb.Ping(ctx).Err()
 }
 
 // postgresError names the operation and tells an outage from a fault: no answer, and the SQLSTATE classes of lost
-// connections, exhausted resources, shutdown and a primary become a standby, are errUnavailable. Errors of this file
-// stay as they are.
+// connections, exhausted resources, shutdown and a primary become a standby, are errUnavailable. This file's own
+// errors stay as they are.
 func postgresError(operation string, err error) error {
 	var pg *pgconn.PgError
 	switch {
@@ -152,7 +128,7 @@ func postgresError(operation string, err error) error {
 	return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
 }
 
-// redisError names the operation; whatever Redis fails at, it is errUnavailable.
+// redisError names the operation; whatever Redis fails at is errUnavailable.
 func redisError(operation string, err error) error {
 	if err == nil {
 		return nil
@@ -177,7 +153,7 @@ func (s *store) userByID(ctx context.Context, id string) (user, error) {
 }
 
 func (s *store) findUser(ctx context.Context, where, arg string) (u user, err error) {
-	ctx, cancel := postgresContext(ctx)
+	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
 	err = s.db.QueryRow(ctx, `SELECT id::text, email, password_hash, created_at FROM users WHERE `+where, arg).
 		Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt.Time)
@@ -185,6 +161,13 @@ func (s *store) findUser(ctx context.Context, where, arg string) (u user, err er
 		return user{}, errNoUser
 	}
 	return u, postgresError("find user", err)
+}
+
+// inTx runs fn in a transaction.
+func (s *store) inTx(ctx context.Context, operation string, fn func(context.Context, pgx.Tx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
+	defer cancel()
+	return postgresError(operation, pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error { return fn(ctx, tx) }))
 }
 
 // createUser inserts the user and opens its first session; without the session there is no user either.
@@ -214,7 +197,7 @@ func (s *store) openSession(ctx context.Context, u user, sid, jti string, from d
 	if err != nil {
 		return grant{}, err
 	}
-	pctx, cancel := postgresContext(ctx)
+	pctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
 	var hash string
 	err = s.db.QueryRow(pctx, `SELECT password_hash FROM users WHERE id = $1::uuid FOR SHARE`, u.ID).Scan(&hash)
@@ -228,77 +211,73 @@ func (s *store) openSession(ctx context.Context, u user, sid, jti string, from d
 	return grant{}, cmp.Or(revokeErr, postgresError("read password hash", err))
 }
 
-// changePassword replaces the hash of u and revokes all its sessions but sid, which goes on. errStale where the
-// hash is no longer u.PasswordHash. If a store fails on the way, the password stays as it was.
+// changePassword replaces the hash of u and revokes all its sessions but sid, which goes on under either hash,
+// whichever PostgreSQL will have. If a store fails on the way, the password stays as it was.
 func (s *store) changePassword(ctx context.Context, u user, hash, sid string) error {
-	return s.alter(ctx, u, func(ctx context.Context) error {
-		if err := s.rebind(ctx, u, "", hash, sid); err != nil {
+	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
+		if _, err := s.runEach(ctx, rebindScript, []string{sid}, u.ID, "", digest(u.PasswordHash)+" "+digest(hash)); err != nil {
 			return err
 		}
 		return s.revokeAll(ctx, u.ID, sid, sid)
-	}, `UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
+	})
 }
 
 // rehash replaces the hash of u by another of the same password; the sessions bound to the old one go on.
 func (s *store) rehash(ctx context.Context, u user, hash string) error {
-	return s.alter(ctx, u, func(ctx context.Context) error {
-		sids, err := s.sessionIDs(ctx, u.ID)
-		if err != nil {
-			return err
+	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
+		sids, err := s.rdb.ZRange(ctx, indexKey(u.ID), 0, -1).Result()
+		if err == nil {
+			_, err = s.runEach(ctx, rebindScript, sids, u.ID, digest(u.PasswordHash), digest(u.PasswordHash)+" "+digest(hash))
 		}
-		return s.rebind(ctx, u, digest(u.PasswordHash), hash, sids...)
-	}, `UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
+		return redisError("rehash", err)
+	})
 }
 
-// deleteUser deletes the row and revokes all sessions; errStale where the hash is no longer u.PasswordHash.
+func (s *store) replaceHash(ctx context.Context, u user, hash string, sessions func(context.Context) error) error {
+	return s.alter(ctx, u, sessions,
+		`UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
+}
+
+// deleteUser deletes the row and revokes all sessions.
 func (s *store) deleteUser(ctx context.Context, u user, sid string) error {
 	return s.alter(ctx, u, func(ctx context.Context) error { return s.revokeAll(ctx, u.ID, sid, "") },
 		`DELETE FROM users WHERE id = $1::uuid AND password_hash = $2`)
 }
 
-// alter runs sql on the row of u and then, with the row locked and the change not yet visible, sessions.
+// alter runs sql on the row of u and then, with the row locked and the change not yet visible, sessions. errStale
+// where the hash is no longer u.PasswordHash.
 func (s *store) alter(ctx context.Context, u user, sessions func(context.Context) error, sql string, args ...any) error {
 	return s.inTx(ctx, "alter user", func(ctx context.Context, tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, sql, append([]any{u.ID, u.PasswordHash}, args...)...)
-		switch {
-		case err != nil:
-			return err
-		case tag.RowsAffected() == 0:
-			return errStale
+		if err == nil && tag.RowsAffected() == 0 {
+			err = errStale
 		}
-		return sessions(ctx)
+		if err == nil {
+			err = sessions(ctx)
+		}
+		return err
 	})
-}
-
-// inTx runs fn in a transaction. Errors of this file pass through; any other is PostgreSQL's.
-func (s *store) inTx(ctx context.Context, operation string, fn func(context.Context, pgx.Tx) error) error {
-	ctx, cancel := postgresContext(ctx)
-	defer cancel()
-	return postgresError(operation, pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error { return fn(ctx, tx) }))
 }
 
 // ---- sessions
 
-// nowLua is Redis' own clock in milliseconds: one clock for all replicas.
+// nowLua is Redis' own clock in milliseconds: one clock for all replicas. kill(token, exp) puts a refresh token on the
+// blacklist, with the time it died, until it would have expired. The key is the session's renamed: same slot.
 const nowLua = `
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-`
-
-// killLua defines kill(token, exp): a refresh token is dead, since now; the blacklist says so until the token
-// would have expired. The key is made from the session's, so it is in the same slot.
-const killLua = `
 local function kill(token, exp)
   redis.call('SET', string.gsub(KEYS[1], '^session', 'blacklist') .. ':' .. token, now, 'EXAT', exp)
 end
 `
 
 var (
-	// KEYS: user-sessions. ARGV: session id, seconds until it expires. Enters the session in its user's
-	// index, drops what has expired from it and lets it live as long as the longest. Returns now.
+	// KEYS: user-sessions. ARGV: session id, seconds until it expires. Enters the session in its user's index, drops
+	// what has expired and keeps the index as long as the longest. Returns now.
 	indexScript = redis.NewScript(nowLua + `
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', math.floor(now / 1000))
-redis.call('ZADD', KEYS[1], math.floor(now / 1000) + ARGV[2], ARGV[1])
+local at = math.floor(now / 1000)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', at)
+redis.call('ZADD', KEYS[1], at + ARGV[2], ARGV[1])
 redis.call('EXPIREAT', KEYS[1], redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2])
 return now`)
 
@@ -306,16 +285,15 @@ return now`)
 	startScript = redis.NewScript(`
 redis.call('HSET', KEYS[1], 'user', ARGV[1], 'token', ARGV[2], 'created', ARGV[3], 'used', ARGV[3],
   'iat', ARGV[4], 'exp', ARGV[5], 'ip', ARGV[6], 'agent', ARGV[7], 'password', ARGV[8])
-redis.call('EXPIREAT', KEYS[1], ARGV[5])
-return 1`)
+return redis.call('EXPIREAT', KEYS[1], ARGV[5])`)
 
-	// KEYS: session, blacklist entry of the token shown. ARGV: user, token shown, next token, digest of the
-	// password hash, seconds of a refresh token, seconds of a session, leeway in ms, '1' to resend, ip, user agent.
-	// Returns what came of it and, where there is one, the current token with its iat and exp.
+	// KEYS: session, blacklist entry of the token shown. ARGV: user, token shown, next token, digest of the password
+	// hash, seconds of a refresh token, seconds of a session, leeway in ms, '1' to resend, ip, user agent. Returns
+	// what came of it and, where there is one, the session's token with its iat and exp.
 	//
-	// The session alone decides which token is alive, so a lost blacklist entry revives nothing; the
-	// entry, else the session's memory of its last exchange, says how long ago a dead one was exchanged.
-	rotateScript = redis.NewScript(nowLua + killLua + `
+	// The session alone says which token is alive, so a lost blacklist entry revives nothing; the entry, else the
+	// session's memory of its last exchange, says when a dead one was exchanged.
+	rotateScript = redis.NewScript(nowLua + `
 local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'iat', 'exp', 'created', 'password', 'previous', 'exchanged')
 if s[1] ~= ARGV[1] then return {'gone'} end
 local token, iat, exp = s[2], tonumber(s[3]), tonumber(s[4])
@@ -345,7 +323,7 @@ redis.call('EXPIREAT', KEYS[1], till)
 return {'rotated', ARGV[3], at, till}`)
 
 	// KEYS: session. ARGV: user. Ends the session if it is that user's; returns 1 if so.
-	revokeScript = redis.NewScript(nowLua + killLua + `
+	revokeScript = redis.NewScript(nowLua + `
 local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'exp')
 if s[1] ~= ARGV[1] then return 0 end
 kill(s[2], s[3])
@@ -355,49 +333,36 @@ return redis.call('DEL', KEYS[1])`)
 	rebindScript = redis.NewScript(`
 local s = redis.call('HMGET', KEYS[1], 'user', 'password')
 if s[1] ~= ARGV[1] or not string.find(s[2], ARGV[2], 1, true) then return 0 end
-redis.call('HSET', KEYS[1], 'password', ARGV[3])
-return 1`)
+return redis.call('HSET', KEYS[1], 'password', ARGV[3])`)
 )
 
 func sessionKey(sid string) string { return "session:{" + sid + "}" }
 func indexKey(uid string) string   { return "user-sessions:{" + uid + "}" }
 
-// digest is the short form of a password hash that a session remembers: 16 hex digits of SHA-256.
+// digest is the short form of a password hash that a session is bound to: 16 hex digits of SHA-256.
 func digest(hash string) string {
 	sum := sha256.Sum256([]byte(hash))
 	return hex.EncodeToString(sum[:8])
 }
 
-// startSession writes the session and returns its first refresh token. It is in the index before it lives, so
-// who revokes all of a user's sessions misses none.
+// startSession writes the session and returns its first refresh token. It is in the index before it lives, so who
+// revokes all of a user's sessions misses none.
 func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
 	ttl := int64(min(s.policy.refreshTTL, s.policy.sessionTTL) / time.Second)
-	now, err := s.index(ctx, u.ID, sid, ttl)
-	if err != nil {
-		return grant{}, err
-	}
-	ctx, cancel := redisContext(ctx)
-	defer cancel()
+	now, err := indexScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, ttl).Int64()
 	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
-	return g, redisError("start session", startScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now,
-		g.IssuedAt, g.ExpiresAt, from.IP, from.UserAgent, digest(u.PasswordHash)).Err())
-}
-
-// index enters the session in its user's index for that many seconds and returns Redis' time in ms.
-func (s *store) index(ctx context.Context, uid, sid string, seconds int64) (now int64, err error) {
-	ctx, cancel := redisContext(ctx)
-	defer cancel()
-	now, err = indexScript.Run(ctx, s.rdb, []string{indexKey(uid)}, sid, seconds).Int64()
-	return now, redisError("index session", err)
+	if err == nil {
+		err = startScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
+			from.IP, from.UserAgent, digest(u.PasswordHash)).Err()
+	}
+	return g, redisError("start session", err)
 }
 
 // rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session
 // honours now; errReused or, past the leeway, errTheft for one that was already exchanged; errNoSession where
 // there is no session, or none any more as u's password hash is not the one it is bound to.
 func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
-	rctx, cancel := redisContext(ctx)
-	defer cancel()
-	reply, err := rotateScript.Run(rctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti}, u.ID, jti, next,
+	reply, err := rotateScript.Run(ctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti}, u.ID, jti, next,
 		digest(u.PasswordHash), int64(s.policy.refreshTTL/time.Second), int64(s.policy.sessionTTL/time.Second),
 		s.policy.leeway.Milliseconds(), s.policy.resend, from.IP, from.UserAgent).Slice()
 	if err != nil {
@@ -417,14 +382,13 @@ func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from 
 	if !isText || !isTime || !isTimeToo {
 		return grant{}, fmt.Errorf("rotate: unexpected reply %v", reply)
 	}
-	_, _ = s.index(ctx, u.ID, sid, exp-iat) // the token is exchanged, come what may; the next refresh tries again
+	// The token is exchanged, come what may: an index that cannot be written now is written by the next refresh.
+	_ = indexScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, exp-iat).Err()
 	return grant{SessionID: sid, TokenID: token, IssuedAt: iat, ExpiresAt: exp, Resent: reply[0] == "resent"}, nil
 }
 
 // isLive reports whether the session is there and the user's.
 func (s *store) isLive(ctx context.Context, uid, sid string) (bool, error) {
-	ctx, cancel := redisContext(ctx)
-	defer cancel()
 	owner, err := s.rdb.HGet(ctx, sessionKey(sid), "user").Result()
 	if errors.Is(err, redis.Nil) {
 		return false, nil
@@ -432,22 +396,12 @@ func (s *store) isLive(ctx context.Context, uid, sid string) (bool, error) {
 	return owner == uid, redisError("find session", err)
 }
 
-// sessionIDs returns the ids in the user's index; some may have ended.
-func (s *store) sessionIDs(ctx context.Context, uid string) ([]string, error) {
-	ctx, cancel := redisContext(ctx)
-	defer cancel()
-	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
-	return sids, redisError("list sessions", err)
-}
-
 // sessions returns the user's living sessions, newest use first.
 func (s *store) sessions(ctx context.Context, uid, current string) ([]session, error) {
-	sids, err := s.sessionIDs(ctx, uid)
+	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
 	if err != nil {
-		return nil, err
+		return nil, redisError("list sessions", err)
 	}
-	ctx, cancel := redisContext(ctx)
-	defer cancel()
 	replies, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
 		for _, sid := range sids {
 			pipe.HMGet(ctx, sessionKey(sid), "user", "created", "used", "ip", "agent")
@@ -473,8 +427,8 @@ func milliseconds(s string) timestamp {
 	return timestamp{time.UnixMilli(ms)}
 }
 
-// revoke ends those of the sessions that are there and the user's, and returns how many: for good, as nothing
-// brings back a session that is not there.
+// revoke ends those of the sessions that are there and the user's, and returns how many: for good, as nothing brings
+// back a session that is not there.
 func (s *store) revoke(ctx context.Context, uid string, sids ...string) (ended int, err error) {
 	replies, err := s.runEach(ctx, revokeScript, sids, uid)
 	if err != nil {
@@ -489,33 +443,21 @@ func (s *store) revoke(ctx context.Context, uid string, sids ...string) (ended i
 	if len(gone) == 0 {
 		return 0, nil
 	}
-	ctx, cancel := redisContext(ctx)
-	defer cancel()
 	return len(gone), redisError("revoke", s.rdb.ZRem(ctx, indexKey(uid), gone...).Err())
 }
 
 // revokeAll ends the user's sessions but keep, if given, and sid among them even if the index has lost it.
 func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
-	sids, err := s.sessionIDs(ctx, uid)
+	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
 	if err != nil {
-		return err
+		return redisError("list sessions", err)
 	}
-	sids = slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })
-	_, err = s.revoke(ctx, uid, sids...)
-	return err
-}
-
-// rebind lets sessions go on under u's hash and under another, whichever PostgreSQL will have; only those that
-// are bound to the digest bound, if given.
-func (s *store) rebind(ctx context.Context, u user, bound, hash string, sids ...string) error {
-	_, err := s.runEach(ctx, rebindScript, sids, u.ID, bound, digest(u.PasswordHash)+" "+digest(hash))
+	_, err = s.revoke(ctx, uid, slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })...)
 	return err
 }
 
 // runEach runs the script on each of the sessions, in one round trip.
 func (s *store) runEach(ctx context.Context, script *redis.Script, sids []string, args ...any) ([]redis.Cmder, error) {
-	ctx, cancel := redisContext(ctx)
-	defer cancel()
 	replies, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
 		for _, sid := range sids {
 			script.Eval(ctx, pipe, []string{sessionKey(sid)}, args...)
@@ -547,8 +489,8 @@ func parseMigrations(schema string) (steps []migration) {
 	return steps
 }
 
-// migrate applies what of the schema has not been applied: all of it or, on an error, nothing. With apply
-// false it changes nothing. It returns every step; one on record that is unknown or has another text is an error.
+// migrate applies what of the schema has not been applied: all of it or, on an error, nothing. With apply false it
+// changes nothing. It returns every step; one on record that is unknown or has another text is an error.
 func migrate(ctx context.Context, db *pgx.Conn, schema string, apply bool) ([]migration, error) {
 	tx, err := db.Begin(ctx)
 	if err != nil {
@@ -556,23 +498,27 @@ func migrate(ctx context.Context, db *pgx.Conn, schema string, apply bool) ([]mi
 	}
 	defer tx.Rollback(context.WithoutCancel(ctx))
 	// One replica at a time, the others wait. The number is any that nobody else uses.
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171)`); err != nil {
+	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171);
+		CREATE TABLE IF NOT EXISTS schema_migrations (version text PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,
+			applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
 		return nil, err
 	}
-	applied, err := appliedMigrations(ctx, tx)
+	rows, _ := tx.Query(ctx, `SELECT version, name, '' AS sql, checksum, applied_at FROM schema_migrations`)
+	applied, err := pgx.CollectRows(rows, pgx.RowToStructByPos[migration])
 	if err != nil {
 		return nil, err
 	}
 	steps := parseMigrations(schema)
 	for i := range steps {
 		step := &steps[i]
-		if on, ok := applied[step.Version]; ok {
-			if on.Checksum != step.Checksum {
-				return nil, fmt.Errorf("migration %s %s is not the one that was applied: its text has changed", step.Version, step.Name)
-			}
-			step.AppliedAt = on.AppliedAt
-			delete(applied, step.Version)
-		} else if apply {
+		at := slices.IndexFunc(applied, func(m migration) bool { return m.Version == step.Version })
+		switch {
+		case at >= 0 && applied[at].Checksum != step.Checksum:
+			return nil, fmt.Errorf("migration %s %s is not the one that was applied: its text has changed", step.Version, step.Name)
+		case at >= 0:
+			step.AppliedAt = applied[at].AppliedAt
+			applied = slices.Delete(applied, at, at+1)
+		case apply:
 			if _, err := tx.Exec(ctx, step.SQL); err != nil {
 				return nil, fmt.Errorf("migration %s %s: %v", step.Version, step.Name, err)
 			}
@@ -582,32 +528,11 @@ func migrate(ctx context.Context, db *pgx.Conn, schema string, apply bool) ([]mi
 			}
 		}
 	}
-	for _, on := range applied {
-		return nil, fmt.Errorf("migration %s %s was applied, but this version does not know it", on.Version, on.Name)
+	if len(applied) > 0 {
+		return nil, fmt.Errorf("migration %s %s was applied, but this version does not know it", applied[0].Version, applied[0].Name)
 	}
-	if apply {
-		err = tx.Commit(ctx)
+	if !apply {
+		return steps, nil
 	}
-	return steps, err
-}
-
-func appliedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, error) {
-	if _, err := tx.Exec(ctx, `CREATE TABLE IF NOT EXISTS schema_migrations (
-		version    text        PRIMARY KEY,
-		name       text        NOT NULL,
-		checksum   text        NOT NULL,
-		applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
-		return nil, err
-	}
-	rows, err := tx.Query(ctx, `SELECT version, name, checksum, applied_at FROM schema_migrations`)
-	if err != nil {
-		return nil, err
-	}
-	applied := map[string]migration{}
-	var m migration
-	_, err = pgx.ForEachRow(rows, []any{&m.Version, &m.Name, &m.Checksum, &m.AppliedAt}, func() error {
-		applied[m.Version] = m
-		return nil
-	})
-	return applied, err
+	return steps, tx.Commit(ctx)
 }

@@ -38,8 +38,8 @@ function claimsOf(token) {
 }
 
 /**
- * A client for the Latchkey server at `baseURL`. All its methods but `onchange` return promises, which reject with an
- * AuthError. One client per page is enough.
+ * A client for the Latchkey server at `baseURL`; one per page is enough. What is asked of the server comes as a promise,
+ * which rejects with an AuthError.
  */
 export function createAuth({ baseURL }) {
   const base = new URL(baseURL);
@@ -122,7 +122,8 @@ export function createAuth({ baseURL }) {
 
   /**
    * `fetch` with the access token, for paths of the server. Refreshes before the token runs out, and when the server
-   * refuses it; `init.body` may have to be sent twice, so it must not be a stream. Rejects if nobody is logged in.
+   * refuses it; `init.body` may have to be sent twice, so it must not be a stream. Like `fetch` it resolves to whatever
+   * answer comes, and rejects where none does; with an AuthError if that was a refresh, as when nobody is logged in.
    */
   async function authFetch(path, init = {}) {
     const url = new URL(path, base);
@@ -130,7 +131,7 @@ export function createAuth({ baseURL }) {
     if (Date.now() >= due) await refresh(token);
     const send = () => {
       const headers = new Headers(init.headers);
-      headers.set('Authorization', `Bearer ${token}`);
+      if (token) headers.set('Authorization', `Bearer ${token}`);
       return open(url, { ...init, headers });
     };
     const used = token;

@@ -166,11 +166,16 @@ func (x *tab) note(id network.RequestID) {
 	}
 }
 
-// count says how often the API gave this answer ("POST /auth/refresh 200") to this tab.
-func (x *tab) count(answer string) (n int) {
+// heard is what the API answered to this tab.
+func (x *tab) heard() []string {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	for _, a := range x.answers {
+	return slices.Clone(x.answers)
+}
+
+// count says how often the API gave this answer ("POST /auth/refresh 200").
+func (x *tab) count(answer string) (n int) {
+	for _, a := range x.heard() {
 		if a == answer {
 			n++
 		}
@@ -187,7 +192,7 @@ func (x *tab) do(steps ...chromedp.Action[chromedp.Void]) {
 		ctx = limited
 	}
 	if err := chromedp.Do(ctx, steps...); err != nil {
-		x.t.Fatalf("%v\nanswers of the API: %q", err, x.answers)
+		x.t.Fatalf("%v\nanswers of the API: %q", err, x.heard())
 	}
 }
 
@@ -218,7 +223,7 @@ func (x *tab) until(condition string) {
 		look();
 	})`) {
 		x.shot("failed")
-		x.t.Fatalf("never: %s\nthe page: %s\nanswers of the API: %q", condition, js[string](x, `document.body.innerText`), x.answers)
+		x.t.Fatalf("never: %s\nthe page: %s\nanswers of the API: %q", condition, js[string](x, `document.body.innerText`), x.heard())
 	}
 }
 
@@ -619,7 +624,7 @@ func TestBrowserOtherOrigin(t *testing.T) {
 			t.Errorf("%s from another origin: %s", request, got)
 		}
 	}
-	for _, answer := range evil.answers {
+	for _, answer := range evil.heard() {
 		if !strings.HasPrefix(answer, "OPTIONS ") && !strings.HasSuffix(answer, " 403") {
 			t.Errorf("another origin got through: %s", answer)
 		}

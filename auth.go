@@ -62,23 +62,19 @@ func bearer(r *http.Request) string {
 	if !strings.EqualFold(scheme, "Bearer") {
 		return ""
 	}
-	return strings.Trim(token, " ")
+	token = strings.Trim(token, " ")
+	aboutRequest(r).bearer = token != ""
+	return token
 }
 
-// verify returns the claims of a token and notes whose it is; isBearer tells which kind was refused.
-func verify(r *http.Request, k keys, token string, isBearer bool) (claims, error) {
+// verify returns the claims of a token and notes whose it is.
+func verify(r *http.Request, k keys, token string) (claims, error) {
 	if token == "" {
 		return claims{}, fail("missing_token")
 	}
 	c, err := k.verify(token, time.Now())
-	switch {
-	case errors.Is(err, errTokenExpired):
-		return claims{}, &apiError{code: "token_expired", refused: isBearer}
-	case err != nil:
-		return claims{}, &apiError{code: "invalid_token", refused: isBearer}
-	}
 	aboutRequest(r).userID = c.UserID
-	return c, nil
+	return c, err
 }
 
 // cookieClaims returns the claims of the refresh cookie.
@@ -87,20 +83,18 @@ func (a *auth) cookieClaims(r *http.Request) (claims, error) {
 	if err != nil {
 		return claims{}, fail("missing_token")
 	}
-	return verify(r, a.refresh, cookie.Value, false)
+	return verify(r, a.refresh, cookie.Value)
 }
 
 // requireAuth lets a request through whose access token verifies and whose session lives.
 func (a *auth) requireAuth(next func(http.ResponseWriter, *http.Request, claims) error) http.Handler {
 	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		c, err := verify(r, a.access, bearer(r), true)
+		c, err := verify(r, a.access, bearer(r))
+		if err == nil {
+			err = a.store.isLive(r.Context(), c.UserID, c.SessionID)
+		}
 		if err != nil {
 			return err
-		}
-		if live, err := a.store.isLive(r.Context(), c.UserID, c.SessionID); err != nil {
-			return err
-		} else if !live {
-			return &apiError{code: "session_revoked", refused: true}
 		}
 		return next(w, r, c)
 	})
@@ -341,9 +335,6 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	u, g, err := a.store.createUser(r.Context(), normalizeEmail(in["email"]), hash, newUUID(), newUUID(), deviceOf(r))
-	if errors.Is(err, errEmailExists) {
-		return fail("email_exists")
-	}
 	if err != nil {
 		return err
 	}
@@ -392,30 +383,23 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 	}
 	var g grant
 	u, err := a.store.userByID(r.Context(), c.UserID) // first: with PostgreSQL down no token is used up
-	switch {
-	case err == nil:
+	if err == nil {
 		g, err = a.store.rotate(r.Context(), u, c.SessionID, c.TokenID, newUUID(), deviceOf(r))
-	case errors.Is(err, errNoUser):
-		if _, revokeErr := a.store.revoke(r.Context(), c.UserID, c.SessionID); revokeErr != nil {
-			return revokeErr
+	} else if errors.Is(err, errNoUser) {
+		if err = a.store.revoke(r.Context(), c.UserID, c.SessionID); err == nil || errors.Is(err, errNoSession) {
+			err = errEnded
 		}
 	}
-	outcome := "rotated"
-	switch {
-	case errors.Is(err, errReused): // two tabs raced, and the other one has the new cookie: leave it alone
-		outcome, err = "reused", fail("refresh_reused")
-	case errors.Is(err, errTheft):
-		outcome, err = "theft", fail("refresh_reused")
-		a.clearCookie(w)
-	case errors.Is(err, errNoSession), errors.Is(err, errNoUser):
-		a.clearCookie(w)
-		return fail("session_revoked")
-	case err != nil:
-		return err
-	case g.Resent:
+	outcome := map[error]string{nil: "rotated", errReused: "reused", errTheft: "theft"}[err]
+	if g.Resent {
 		outcome = "resent"
 	}
-	a.metrics.add(`latchkey_refresh_total{outcome="`+outcome+`"}`, 1)
+	if outcome != "" {
+		a.metrics.add(`latchkey_refresh_total{outcome="`+outcome+`"}`, 1)
+	}
+	if errors.Is(err, errTheft) || errors.Is(err, errEnded) { // at errReused two tabs raced: the other's cookie stays
+		a.clearCookie(w)
+	}
 	if err != nil {
 		return err
 	}
@@ -424,37 +408,28 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 
 // logout ends the session of the access token or, where that is missing or expired, of the cookie.
 func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
-	c, err := verify(r, a.access, bearer(r), true)
-	if _, cookieErr := r.Cookie(cookieName); cookieErr == nil && err != nil && err.(*apiError).code != "invalid_token" {
+	token := bearer(r)
+	c, err := verify(r, a.access, token)
+	if _, noCookie := r.Cookie(cookieName); noCookie == nil && (token == "" || errors.Is(err, errTokenExpired)) {
 		c, err = a.cookieClaims(r)
 	}
 	if err == nil {
-		var ended int
-		if ended, err = a.store.revoke(r.Context(), c.UserID, c.SessionID); err != nil {
-			return err // the cookie stays: the session may live
-		}
-		if ended == 0 {
-			err = &apiError{code: "session_revoked", refused: bearer(r) != ""}
-		}
+		err = a.store.revoke(r.Context(), c.UserID, c.SessionID)
 	}
-	a.clearCookie(w)
+	if errors.Is(err, errNoSession) {
+		err = errEnded
+	}
+	if !errors.Is(err, errUnavailable) { // else the session may live
+		a.clearCookie(w)
+	}
 	if err != nil {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, answer{Message: "Logout successful"})
 }
 
-// account returns the user whose token it is, or user_not_found.
-func (a *auth) account(r *http.Request, c claims) (user, error) {
-	u, err := a.store.userByID(r.Context(), c.UserID)
-	if errors.Is(err, errNoUser) {
-		return user{}, fail("user_not_found")
-	}
-	return u, err
-}
-
 func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
-	u, err := a.account(r, c)
+	u, err := a.store.userByID(r.Context(), c.UserID)
 	if err != nil {
 		return err
 	}
@@ -471,15 +446,8 @@ func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) er
 
 func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) error {
 	sid := r.PathValue("id")
-	if !isUUID(sid) {
-		return fail("session_not_found")
-	}
-	ended, err := a.store.revoke(r.Context(), c.UserID, sid)
-	if err != nil {
+	if err := a.store.revoke(r.Context(), c.UserID, sid); err != nil {
 		return err
-	}
-	if ended == 0 {
-		return fail("session_not_found")
 	}
 	if sid == c.SessionID {
 		a.clearCookie(w)
@@ -528,6 +496,12 @@ func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) e
 
 // confirm calls then if password is the account's. A wrong one counts as a failed login.
 func (a *auth) confirm(r *http.Request, c claims, password string, then func(user) error) error {
-	find := func() (user, error) { return a.account(r, c) }
+	find := func() (user, error) {
+		u, err := a.store.userByID(r.Context(), c.UserID)
+		if errors.Is(err, errNoUser) {
+			err = fail("user_not_found")
+		}
+		return u, err
+	}
 	return a.withPassword(r, normalizeEmail(c.Email), password, find, then)
 }

@@ -236,16 +236,14 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 
 // newHandler wires the parts and lists all routes.
 func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draining *atomic.Bool) (http.Handler, *metrics, error) {
-	store, err1 := newStore(db, rdb, cfg.policy)
-	requests, err2 := newLimiter(rdb, cfg.rateMax, cfg.rateWindow)
-	logins, err3 := newLimiter(rdb, cfg.loginMax, cfg.loginWindow)
-	hasher, err4 := newHasher(processors(), cfg.bcryptCost)
-	sameOrigin, err5 := refuseCrossOrigin(cfg.origins)
-	if err := errors.Join(err1, err2, err3, err4, err5); err != nil {
+	hasher, err := newHasher(processors(), cfg.bcryptCost)
+	sameOrigin, originErr := refuseCrossOrigin(cfg.origins)
+	if err := errors.Join(err, originErr); err != nil {
 		return nil, nil, err
 	}
+	store := &store{db, rdb, cfg.policy}
 	metrics := newMetrics(gauges(hasher, db, rdb))
-	a := &auth{store: store, logins: logins, hasher: hasher, access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL,
+	a := &auth{store: store, logins: &limiter{rdb, cfg.loginMax, cfg.loginWindow}, hasher: hasher, access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL,
 		secureCookie: cfg.env != "development", sameSite: cfg.sameSite, metrics: metrics, log: log}
 
 	mux, methods := http.NewServeMux(), map[string][]string{}
@@ -289,7 +287,7 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draini
 		mux.ServeHTTP(w, r)
 	})
 	for _, wrap := range []func(http.Handler) http.Handler{ // the last is the outermost
-		rateLimit(requests, metrics), cors(cfg.origins), observe(log, metrics), identify(cfg.trustedProxies)} {
+		rateLimit(&limiter{rdb, cfg.rateMax, cfg.rateWindow}, metrics), cors(cfg.origins), observe(log, metrics), identify(cfg.trustedProxies)} {
 		h = wrap(h)
 	}
 	return h, metrics, nil

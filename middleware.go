@@ -32,7 +32,6 @@ type apiError struct {
 	code       string
 	details    map[string]string // field name to message, with validation_failed
 	retryAfter time.Duration     // with 429; a 503 says one second
-	refused    bool              // with 401: a Bearer token was shown
 	cause      error
 }
 
@@ -68,24 +67,33 @@ var responses = map[string]struct {
 	"overloaded":             {503, "Server is busy"},
 }
 
-// writeError answers err: what is no apiError as 503 where a store did not answer, else as 500.
+// told says which code stands for an error of store.go or jwt.go; any other is internal.
+var told = map[error]string{
+	errTokenExpired: "token_expired", errTokenInvalid: "invalid_token", errEnded: "session_revoked",
+	errReused: "refresh_reused", errTheft: "refresh_reused", errUnavailable: "unavailable",
+	errNoUser: "user_not_found", errNoSession: "session_not_found", errEmailExists: "email_exists",
+}
+
+// writeError answers err. Nothing of it but the code, and what comes with that, reaches the caller.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var e *apiError
-	switch {
-	case errors.As(err, &e):
-	case errors.Is(err, errUnavailable):
-		e = &apiError{code: "unavailable", cause: err}
-	default:
+	if !errors.As(err, &e) {
 		e = &apiError{code: "internal", cause: err}
+		for known, code := range told {
+			if errors.Is(err, known) {
+				e.code = code
+			}
+		}
 	}
 	about, response := aboutRequest(r), responses[e.code]
 	about.err = e
-	switch {
-	case response.status == 401 && e.refused: // RFC 6750 section 3
-		w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
-	case response.status == 401:
+	switch response.status {
+	case http.StatusUnauthorized: // RFC 6750 section 3
 		w.Header().Set("WWW-Authenticate", "Bearer")
-	case response.status == 429 || response.status == 503:
+		if about.bearer && e.code != "invalid_credentials" {
+			w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
+		}
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", seconds(e.retryAfter))
 	}
 	_ = writeJSON(w, response.status, struct {
@@ -131,6 +139,7 @@ type about struct {
 	id     string
 	ip     netip.Addr
 	userID string
+	bearer bool // a Bearer token was shown
 	err    *apiError
 }
 

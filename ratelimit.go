@@ -8,7 +8,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"net/netip"
 	"time"
 
@@ -66,13 +65,6 @@ return 0`)
 type limiter struct {
 	rdb         redis.Scripter
 	max, window int
-}
-
-func newLimiter(rdb redis.Scripter, max, window int) (*limiter, error) {
-	if rdb == nil || max < 0 || window < 1 {
-		return nil, errors.New("limiter needs a Redis client, a maximum and a window")
-	}
-	return &limiter{rdb, max, window}, nil
 }
 
 // request counts a request of ip. It returns how many are left, negative where this one is too many, and the time

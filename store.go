@@ -4,7 +4,6 @@ package main
 // here for PostgreSQL, by its client's timeouts for Redis.
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -33,6 +32,7 @@ var (
 	errNoUser      = errors.New("no such user")
 	errEmailExists = errors.New("email exists")
 	errNoSession   = errors.New("no such session")
+	errEnded       = errors.New("the token's session has ended")
 	errReused      = errors.New("refresh token already exchanged")
 	errTheft       = errors.New("refresh token already exchanged, before the leeway")
 )
@@ -80,13 +80,6 @@ type store struct {
 	db     *pgxpool.Pool
 	rdb    once
 	policy policy
-}
-
-func newStore(db *pgxpool.Pool, rdb once, p policy) (*store, error) {
-	if db == nil || rdb.UniversalClient == nil || p.refreshTTL < time.Second || p.sessionTTL < time.Second {
-		return nil, errors.New("store needs a PostgreSQL pool, a Redis client and lifetimes")
-	}
-	return &store{db, rdb, p}, nil
 }
 
 // once is a Redis client that sends no script a second time: one that counts or rotates may have been carried out
@@ -207,15 +200,17 @@ func (s *store) openSession(ctx context.Context, u user, sid, jti string, from d
 	if err == nil || errors.Is(err, pgx.ErrNoRows) {
 		err = errStale
 	}
-	_, revokeErr := s.revoke(ctx, u.ID, sid)
-	return grant{}, cmp.Or(revokeErr, postgresError("read password hash", err))
+	if revokeErr := s.revoke(ctx, u.ID, sid); revokeErr != nil && !errors.Is(revokeErr, errNoSession) {
+		err = revokeErr
+	}
+	return grant{}, postgresError("read password hash", err)
 }
 
 // changePassword replaces the hash of u and revokes all its sessions but sid, which goes on under either hash,
 // whichever PostgreSQL will have. If a store fails on the way, the password stays as it was.
 func (s *store) changePassword(ctx context.Context, u user, hash, sid string) error {
 	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
-		if _, err := s.runEach(ctx, rebindScript, []string{sid}, u.ID, "", digest(u.PasswordHash)+" "+digest(hash)); err != nil {
+		if _, err := s.runEach(ctx, sessionScripts["rebind"], []string{sid}, u.ID, "", digest(u.PasswordHash)+" "+digest(hash)); err != nil {
 			return err
 		}
 		return s.revokeAll(ctx, u.ID, sid, sid)
@@ -227,7 +222,7 @@ func (s *store) rehash(ctx context.Context, u user, hash string) error {
 	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
 		sids, err := s.rdb.ZRange(ctx, indexKey(u.ID), 0, -1).Result()
 		if err == nil {
-			_, err = s.runEach(ctx, rebindScript, sids, u.ID, digest(u.PasswordHash), digest(u.PasswordHash)+" "+digest(hash))
+			_, err = s.runEach(ctx, sessionScripts["rebind"], sids, u.ID, digest(u.PasswordHash), digest(u.PasswordHash)+" "+digest(hash))
 		}
 		return redisError("rehash", err)
 	})
@@ -261,80 +256,18 @@ func (s *store) alter(ctx context.Context, u user, sessions func(context.Context
 
 // ---- sessions
 
-// nowLua is Redis' own clock in milliseconds: one clock for all replicas. kill(token, exp) puts a refresh token on the
-// blacklist, with the time it died, until it would have expired. The key is the session's renamed: same slot.
-const nowLua = `
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function kill(token, exp)
-  redis.call('SET', string.gsub(KEYS[1], '^session', 'blacklist') .. ':' .. token, now, 'EXAT', exp)
-end
-`
+//go:embed session.lua
+var sessionLua string
 
-var (
-	// KEYS: user-sessions. ARGV: session id, seconds until it expires. Enters the session in its user's index, drops
-	// what has expired and keeps the index as long as the longest. Returns now.
-	indexScript = redis.NewScript(nowLua + `
-local at = math.floor(now / 1000)
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', at)
-redis.call('ZADD', KEYS[1], at + ARGV[2], ARGV[1])
-redis.call('EXPIREAT', KEYS[1], redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2])
-return now`)
-
-	// KEYS: session. ARGV: user, token, now, iat, exp, ip, user agent, digest of the password hash.
-	startScript = redis.NewScript(`
-redis.call('HSET', KEYS[1], 'user', ARGV[1], 'token', ARGV[2], 'created', ARGV[3], 'used', ARGV[3],
-  'iat', ARGV[4], 'exp', ARGV[5], 'ip', ARGV[6], 'agent', ARGV[7], 'password', ARGV[8])
-return redis.call('EXPIREAT', KEYS[1], ARGV[5])`)
-
-	// KEYS: session, blacklist entry of the token shown. ARGV: user, token shown, next token, digest of the password
-	// hash, seconds of a refresh token, seconds of a session, leeway in ms, '1' to resend, ip, user agent. Returns
-	// what came of it and, where there is one, the session's token with its iat and exp.
-	//
-	// The session alone says which token is alive, so a lost blacklist entry revives nothing; the entry, else the
-	// session's memory of its last exchange, says when a dead one was exchanged.
-	rotateScript = redis.NewScript(nowLua + `
-local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'iat', 'exp', 'created', 'password', 'previous', 'exchanged')
-if s[1] ~= ARGV[1] then return {'gone'} end
-local token, iat, exp = s[2], tonumber(s[3]), tonumber(s[4])
-local bound = string.find(s[6], ARGV[4], 1, true)
-
-if token ~= ARGV[2] then
-  local exchanged = redis.call('GET', KEYS[2]) or (s[7] == ARGV[2] and s[8])
-  if not exchanged or now - exchanged > tonumber(ARGV[7]) then
-    kill(token, exp)
-    redis.call('DEL', KEYS[1])
-    return {'theft'}
-  end
-  if ARGV[8] ~= '1' or s[7] ~= ARGV[2] then return {'reused'} end
-  if bound then return {'resent', token, iat, exp} end
-end
-
-local at = math.floor(now / 1000)
-local till = math.min(at + ARGV[5], math.floor(s[5] / 1000) + ARGV[6])
-kill(token, exp)
-if not bound or till <= at then
-  redis.call('DEL', KEYS[1])
-  return {'gone'}
-end
-redis.call('HSET', KEYS[1], 'token', ARGV[3], 'iat', at, 'exp', till, 'used', now,
-  'previous', token, 'exchanged', now, 'ip', ARGV[9], 'agent', ARGV[10])
-redis.call('EXPIREAT', KEYS[1], till)
-return {'rotated', ARGV[3], at, till}`)
-
-	// KEYS: session. ARGV: user. Ends the session if it is that user's; returns 1 if so.
-	revokeScript = redis.NewScript(nowLua + `
-local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'exp')
-if s[1] ~= ARGV[1] then return 0 end
-kill(s[2], s[3])
-return redis.call('DEL', KEYS[1])`)
-
-	// KEYS: session. ARGV: user, digest it must be bound to or '', digests it shall be bound to.
-	rebindScript = redis.NewScript(`
-local s = redis.call('HMGET', KEYS[1], 'user', 'password')
-if s[1] ~= ARGV[1] or not string.find(s[2], ARGV[2], 1, true) then return 0 end
-return redis.call('HSET', KEYS[1], 'password', ARGV[3])`)
-)
+// sessionScripts is session.lua by script, each with what stands before the first.
+var sessionScripts = func() map[string]*redis.Script {
+	scripts, parts := map[string]*redis.Script{}, strings.Split(sessionLua, "\n-- script: ")
+	for _, part := range parts[1:] {
+		name, lua, _ := strings.Cut(part, "\n")
+		scripts[name] = redis.NewScript(parts[0] + lua)
+	}
+	return scripts
+}()
 
 func sessionKey(sid string) string { return "session:{" + sid + "}" }
 func indexKey(uid string) string   { return "user-sessions:{" + uid + "}" }
@@ -349,20 +282,20 @@ func digest(hash string) string {
 // revokes all of a user's sessions misses none.
 func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
 	ttl := int64(min(s.policy.refreshTTL, s.policy.sessionTTL) / time.Second)
-	now, err := indexScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, ttl).Int64()
+	now, err := sessionScripts["index"].Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, ttl).Int64()
 	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
 	if err == nil {
-		err = startScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
+		err = sessionScripts["start"].Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
 			from.IP, from.UserAgent, digest(u.PasswordHash)).Err()
 	}
 	return g, redisError("start session", err)
 }
 
 // rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session
-// honours now; errReused or, past the leeway, errTheft for one that was already exchanged; errNoSession where
-// there is no session, or none any more as u's password hash is not the one it is bound to.
+// honours now; errReused or, past the leeway, errTheft for one that was already exchanged; errEnded where there
+// is no session, or none any more as u's password hash is not the one it is bound to.
 func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
-	reply, err := rotateScript.Run(ctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti}, u.ID, jti, next,
+	reply, err := sessionScripts["rotate"].Run(ctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti}, u.ID, jti, next,
 		digest(u.PasswordHash), int64(s.policy.refreshTTL/time.Second), int64(s.policy.sessionTTL/time.Second),
 		s.policy.leeway.Milliseconds(), s.policy.resend, from.IP, from.UserAgent).Slice()
 	if err != nil {
@@ -370,7 +303,7 @@ func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from 
 	}
 	switch reply[0] {
 	case "gone":
-		return grant{}, errNoSession
+		return grant{}, errEnded
 	case "reused":
 		return grant{}, errReused
 	case "theft":
@@ -383,17 +316,17 @@ func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from 
 		return grant{}, fmt.Errorf("rotate: unexpected reply %v", reply)
 	}
 	// The token is exchanged, come what may: an index that cannot be written now is written by the next refresh.
-	_ = indexScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, exp-iat).Err()
+	_ = sessionScripts["index"].Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, exp-iat).Err()
 	return grant{SessionID: sid, TokenID: token, IssuedAt: iat, ExpiresAt: exp, Resent: reply[0] == "resent"}, nil
 }
 
-// isLive reports whether the session is there and the user's.
-func (s *store) isLive(ctx context.Context, uid, sid string) (bool, error) {
+// isLive returns errEnded if the session is not there or not the user's.
+func (s *store) isLive(ctx context.Context, uid, sid string) error {
 	owner, err := s.rdb.HGet(ctx, sessionKey(sid), "user").Result()
-	if errors.Is(err, redis.Nil) {
-		return false, nil
+	if errors.Is(err, redis.Nil) || err == nil && owner != uid {
+		return errEnded
 	}
-	return owner == uid, redisError("find session", err)
+	return redisError("find session", err)
 }
 
 // sessions returns the user's living sessions, newest use first.
@@ -427,23 +360,23 @@ func milliseconds(s string) timestamp {
 	return timestamp{time.UnixMilli(ms)}
 }
 
-// revoke ends those of the sessions that are there and the user's, and returns how many: for good, as nothing brings
-// back a session that is not there.
-func (s *store) revoke(ctx context.Context, uid string, sids ...string) (ended int, err error) {
-	replies, err := s.runEach(ctx, revokeScript, sids, uid)
+// revoke ends those of the sessions that are there and the user's: for good, as nothing brings back a session that is
+// not there. errNoSession where that is none of them.
+func (s *store) revoke(ctx context.Context, uid string, sids ...string) error {
+	replies, err := s.runEach(ctx, sessionScripts["revoke"], sids, uid)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	var gone []any // an id without a session stays in the index until its time: that session may be about to start
+	var ended []any // an id without a session stays in the index until its time: that session may be about to start
 	for i, reply := range replies {
 		if n, _ := reply.(*redis.Cmd).Int(); n == 1 {
-			gone = append(gone, sids[i])
+			ended = append(ended, sids[i])
 		}
 	}
-	if len(gone) == 0 {
-		return 0, nil
+	if len(ended) == 0 {
+		return errNoSession
 	}
-	return len(gone), redisError("revoke", s.rdb.ZRem(ctx, indexKey(uid), gone...).Err())
+	return redisError("revoke", s.rdb.ZRem(ctx, indexKey(uid), ended...).Err())
 }
 
 // revokeAll ends the user's sessions but keep, if given, and sid among them even if the index has lost it.
@@ -452,7 +385,10 @@ func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
 	if err != nil {
 		return redisError("list sessions", err)
 	}
-	_, err = s.revoke(ctx, uid, slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })...)
+	err = s.revoke(ctx, uid, slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })...)
+	if errors.Is(err, errNoSession) {
+		return nil
+	}
 	return err
 }
 

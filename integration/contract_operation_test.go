@@ -67,7 +67,6 @@ var configuration = []promise{
 			{vars{"NODE_ENV": "development", "BCRYPT_COST": "3"}, "BCRYPT_COST"},
 			{vars{"NODE_ENV": "development", "COOKIE_SAMESITE": "none"}, "COOKIE_SAMESITE"},
 			{vars{"NODE_ENV": "test"}, "NODE_ENV"},
-			{vars{"PORT": "0"}, "PORT"},
 			{vars{"PORT": "65536"}, "PORT"},
 			{vars{"TRUSTED_PROXIES": "10.0.0.0/8, 1.2.3.4/33"}, "TRUSTED_PROXIES"},
 			{vars{"ACCESS_TOKEN_TTL": "0s"}, "ACCESS_TOKEN_TTL"},
@@ -517,22 +516,21 @@ var outages = []promise{
 	}},
 	{"internal is 500, never with a cause in it: the cause is in the log, under the request id", own, func(t *testing.T, _ *server) {
 		st := fresh(t)
-		s := serve(t, st, vars{"BCRYPT_COST": "12"})
+		s := serve(t, st, nil)
 		v := s.signup(t)
 		st.exec(t, "ALTER TABLE users RENAME TO people")
-		for _, a := range s.sweep(t, v, "", nil) {
-			if a.status() == 500 {
-				s.assertCauseOnlyInLog(t, a)
-			}
-		}
 		for _, r := range []request{
 			{method: "POST", path: "/auth/signup", body: credentials{newEmail(), newPassword()}},
 			{method: "POST", path: "/auth/login", body: credentials{v.email, v.password}},
+			{method: "POST", path: "/auth/refresh", cookie: v.refresh},
 			{method: "GET", path: "/auth/me", bearer: v.access},
+			{method: "PUT", path: "/auth/password", bearer: v.access, body: passwordChange{v.password, newPassword()}},
+			{method: "DELETE", path: "/auth/me", bearer: v.access, body: passwordOnly{v.password}},
 		} {
-			s.send(t, r).refused(500, "internal").keepsCookie()
+			s.assertCauseOnlyInLog(t, s.send(t, r).keepsCookie())
 		}
 		st.exec(t, "ALTER TABLE people RENAME TO users")
+		v.lives() // the refresh token was not used up
 		v.login()
 	}},
 	{"internal is 500 on every limited route when Redis answers with nonsense", own, func(t *testing.T, _ *server) {

@@ -54,11 +54,10 @@ const (
 // vars are environment variables of a server.
 type vars map[string]string
 
-// with returns a copy with more variables; an empty value unsets one.
+// with returns a copy with more variables; an empty value stands for unset.
 func (v vars) with(more vars) vars {
 	all := maps.Clone(v)
 	maps.Copy(all, more)
-	maps.DeleteFunc(all, func(_, value string) bool { return value == "" })
 	return all
 }
 
@@ -321,13 +320,15 @@ func fresh(t testing.TB) *stores {
 
 // environment is a server's whole environment: production's, with what the harness gives.
 func environment(st *stores, more vars) vars {
-	return vars{
+	env := vars{
 		"NODE_ENV": "production", "PORT": "3000", "DB_POOL_SIZE": "10", "FRONTEND_URL": frontend,
 		"DATABASE_URL": st.inDatabase, "REDIS_URL": st.inRedis,
 		"JWT_SECRET": "access-secret-of-the-integration-tests", "JWT_REFRESH_SECRET": "refresh-secret-of-the-integration-tests",
 		// Whoever connects from the Docker host is believed, so that each client can have an address of its own.
 		"TRUSTED_PROXIES": "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16",
 	}.with(more)
+	maps.DeleteFunc(env, func(_, value string) bool { return value == "" })
+	return env
 }
 
 // locked runs a container as the compose file does: nothing to write to, nothing to gain.

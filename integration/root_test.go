@@ -11,7 +11,7 @@ func TestRootModule(t *testing.T) {
 	if suite.c == nil {
 		t.Skipf("needs %s", own)
 	}
-	st := fresh(t)
+	st := ownStores(t) // which it may break
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", "./...")
 	cmd.Dir = ".."
 	cmd.Env = append(os.Environ(), "DATABASE_URL="+st.databaseURL, "REDIS_URL="+st.redisURL)

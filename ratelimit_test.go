@@ -16,13 +16,8 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-func testLimiter(t testing.TB, rdb redis.UniversalClient, max, window int) *limiter {
-	t.Helper()
-	l, err := newLimiter(once{rdb}, max, window)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
+func testLimiter(rdb redis.UniversalClient, max, window int) *limiter {
+	return &limiter{once{rdb}, max, window}
 }
 
 // randomAddr returns an IPv6 address of nobody else's /64 (RFC 4193), so that tests meet no counters but their own.
@@ -76,24 +71,11 @@ func checkTTL(t *testing.T, rdb *redis.Client, key string, window int) {
 	}
 }
 
-func TestNewLimiter(t *testing.T) {
-	rdb := once{redisClient(t)}
-	for _, bad := range []func() (*limiter, error){
-		func() (*limiter, error) { return newLimiter(nil, 1, 1) },
-		func() (*limiter, error) { return newLimiter(rdb, -1, 1) },
-		func() (*limiter, error) { return newLimiter(rdb, 1, 0) },
-	} {
-		if l, err := bad(); err == nil {
-			t.Errorf("newLimiter accepted %+v", l)
-		}
-	}
-}
-
 // Of any number of simultaneous requests at two replicas exactly max pass, and each is told another number.
 func TestRequestsAreCountedExactly(t *testing.T) {
 	const max, calls = 100, 400
 	rdb := redisClient(t)
-	replicas, ip := []*limiter{testLimiter(t, rdb, max, 60), testLimiter(t, redisClient(t), max, 60)}, randomAddr()
+	replicas, ip := []*limiter{testLimiter(rdb, max, 60), testLimiter(redisClient(t), max, 60)}, randomAddr()
 	lefts := together(calls, func(i int) int {
 		left, reset, err := replicas[i%2].request(t.Context(), ip)
 		if err != nil || reset <= 0 || reset > time.Minute {
@@ -113,7 +95,7 @@ func TestRequestsAreCountedExactly(t *testing.T) {
 // One command for each decision, once Redis knows the script.
 func TestRequestIsOneRoundTrip(t *testing.T) {
 	rdb, sent := redisClient(t), &commandCounter{}
-	l, ip := testLimiter(t, rdb, 10, 60), randomAddr()
+	l, ip := testLimiter(rdb, 10, 60), randomAddr()
 	if _, _, err := l.request(t.Context(), ip); err != nil {
 		t.Fatal(err)
 	}
@@ -146,7 +128,7 @@ func (c *commandCounter) ProcessPipelineHook(next redis.ProcessPipelineHook) red
 
 func TestRequestWindow(t *testing.T) {
 	rdb := redisClient(t)
-	l, ip := testLimiter(t, rdb, 2, 60), randomAddr()
+	l, ip := testLimiter(rdb, 2, 60), randomAddr()
 	for _, want := range []int{1, 0, -1, -2} {
 		left, _, err := l.request(t.Context(), ip)
 		if err != nil || left != want {
@@ -177,7 +159,7 @@ func TestLimitsPutTTLBack(t *testing.T) {
 			}
 		}
 	}
-	requests, ip := testLimiter(t, rdb, 2, 60), randomAddr()
+	requests, ip := testLimiter(rdb, 2, 60), randomAddr()
 	for range 4 { // the last two are refused
 		_, reset, err := requests.request(t.Context(), ip)
 		if err != nil || reset <= 0 {
@@ -187,7 +169,7 @@ func TestLimitsPutTTLBack(t *testing.T) {
 		persist(requestKey(ip))
 	}
 
-	logins, email := testLimiter(t, rdb, 1, 60), randomEmail()
+	logins, email := testLimiter(rdb, 1, 60), randomEmail()
 	for i := range 2 { // the second one is refused
 		if passed := attempt(t, logins, email, ip); passed != (i == 0) {
 			t.Errorf("attempt %d passed: %v", i+1, passed)
@@ -207,7 +189,7 @@ func TestLimitsPutTTLBack(t *testing.T) {
 
 func TestLoginLimitOfPair(t *testing.T) {
 	rdb := redisClient(t)
-	l, email, ip := testLimiter(t, rdb, 3, 60), randomEmail(), randomAddr()
+	l, email, ip := testLimiter(rdb, 3, 60), randomEmail(), randomAddr()
 	for range 3 {
 		if !attempt(t, l, email, ip) {
 			t.Fatal("refused within the limit")
@@ -235,7 +217,7 @@ func TestLoginLimitOfPair(t *testing.T) {
 
 func TestLoginLimitOfAccount(t *testing.T) {
 	rdb := redisClient(t)
-	l, email := testLimiter(t, rdb, 2, 60), randomEmail()
+	l, email := testLimiter(rdb, 2, 60), randomEmail()
 	for range 20 { // ten times the limit of one address
 		if !attempt(t, l, email, randomAddr()) {
 			t.Fatal("refused within the limit")
@@ -256,7 +238,7 @@ func TestLoginLimitOfAccount(t *testing.T) {
 
 func TestLoginGiveBack(t *testing.T) {
 	rdb := redisClient(t)
-	l, email, ip, other := testLimiter(t, rdb, 3, 60), randomEmail(), randomAddr(), randomAddr()
+	l, email, ip, other := testLimiter(rdb, 3, 60), randomEmail(), randomAddr(), randomAddr()
 	giveBack := func(succeeded bool) {
 		t.Helper()
 		if err := l.giveBack(t.Context(), email, ip, succeeded); err != nil {
@@ -289,7 +271,7 @@ func TestLoginGiveBack(t *testing.T) {
 func TestLoginLimitIsExact(t *testing.T) {
 	const max, calls = 10, 200
 	rdb := redisClient(t)
-	replicas := []*limiter{testLimiter(t, rdb, max, 60), testLimiter(t, redisClient(t), max, 60)}
+	replicas := []*limiter{testLimiter(rdb, max, 60), testLimiter(redisClient(t), max, 60)}
 	email, ip := randomEmail(), randomAddr()
 	var passed atomic.Int64
 	together(calls, func(i int) any {
@@ -308,7 +290,7 @@ func TestLoginLimitIsExact(t *testing.T) {
 
 func TestLoginLimitOff(t *testing.T) {
 	rdb := redisClient(t)
-	l, email, ip := testLimiter(t, rdb, 0, 60), randomEmail(), randomAddr()
+	l, email, ip := testLimiter(rdb, 0, 60), randomEmail(), randomAddr()
 	for range 20 {
 		if !attempt(t, l, email, ip) {
 			t.Fatal("refused without a limit")
@@ -336,7 +318,7 @@ func TestClientKey(t *testing.T) {
 	}
 
 	// What clientIP made of a connection counts as one client, in both limits.
-	l, email, host := testLimiter(t, redisClient(t), 2, 60), randomEmail(), randomAddr().As16()
+	l, email, host := testLimiter(redisClient(t), 2, 60), randomEmail(), randomAddr().As16()
 	neighbour := host
 	neighbour[15]++
 	for i, ip := range []netip.Addr{netip.AddrFrom16(host), netip.AddrFrom16(neighbour), netip.AddrFrom16(host)} {
@@ -357,8 +339,8 @@ func TestClientKey(t *testing.T) {
 	}
 }
 
-// replyThief stands before Redis. When told to, it lets the next command through, takes the reply, and cuts the
-// connection: the command was carried out, and the client cannot know.
+// replyThief stands before Redis. When told to, it lets the next commands through, takes the first reply that is no
+// error, and cuts the connection: the command was carried out, and the client cannot know.
 type replyThief struct {
 	addr   string
 	armed  atomic.Bool
@@ -403,7 +385,7 @@ func (thief *replyThief) pass(store, client net.Conn) {
 		if err != nil {
 			return
 		}
-		if thief.armed.CompareAndSwap(true, false) {
+		if buffer[0] != '-' && thief.armed.CompareAndSwap(true, false) {
 			thief.stolen.Add(1)
 			return
 		}
@@ -430,7 +412,7 @@ func TestLostReplyIsNotCountedTwice(t *testing.T) {
 	for name, client := range map[string]redis.UniversalClient{"single": single, "cluster": cluster} {
 		t.Run(name, func(t *testing.T) {
 			t.Cleanup(func() { client.Close() })
-			l, email, ip := testLimiter(t, client, 10, 60), randomEmail(), randomAddr()
+			l, email, ip := testLimiter(client, 10, 60), randomEmail(), randomAddr()
 			steal := func(what string, call func() error) {
 				t.Helper()
 				if err := call(); err != nil { // connects, and makes the script known
@@ -453,6 +435,18 @@ func TestLostReplyIsNotCountedTwice(t *testing.T) {
 			attempt(t, l, email, ip)
 			steal("giveBack", func() error { return l.giveBack(t.Context(), email, ip, false) })
 			checkFailures(t, rdb, email, ip, 2, 2)
+
+			// A Redis that does not know the script is sent its text.
+			steal("request", func() error {
+				err := rdb.ScriptFlush(t.Context()).Err()
+				if err == nil {
+					_, _, err = l.request(t.Context(), ip)
+				}
+				return err
+			})
+			if n, err := rdb.Get(t.Context(), requestKey(ip)).Int(); err != nil || n != 4 {
+				t.Errorf("requests counted: %d (%v), want 4", n, err)
+			}
 		})
 	}
 }
@@ -460,7 +454,7 @@ func TestLostReplyIsNotCountedTwice(t *testing.T) {
 // A client that hangs up does not get its request off the count.
 func TestRequestOutlivesItsClient(t *testing.T) {
 	rdb, ip := redisClient(t), randomAddr()
-	counted := rateLimit(testLimiter(t, rdb, 10, 60), newMetrics(nil))
+	counted := rateLimit(testLimiter(rdb, 10, 60), newMetrics(nil))
 	h := identify(nil)(counted(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(299) })))
 	ctx, hangUp := context.WithCancel(t.Context())
 	hangUp()

@@ -8,6 +8,7 @@ import (
 	"go/token"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -230,63 +231,85 @@ func TestErrorTable(t *testing.T) {
 		}
 	}
 
-	// Every code that the source names, as fail("…") or apiError{code: "…"}, has an answer.
-	named := map[string]bool{}
+	for err, code := range told {
+		if responses[code].status == 0 {
+			t.Errorf("%q, which stands for %q, has no answer", code, err)
+		}
+	}
+
+	// Every code that the source names, as fail("…") or apiError{code: "…"}, has an answer, and every answer is named.
+	unnamed := maps.Clone(responses)
 	fset, files := productionFiles(t)
 	for _, file := range files {
 		ast.Inspect(file, func(n ast.Node) bool {
-			var literal ast.Expr
 			switch n := n.(type) {
 			case *ast.CallExpr:
 				if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "fail" {
-					literal = n.Args[0]
+					checkCode(t, fset, n.Args[0])
 				}
 			case *ast.KeyValueExpr:
 				if key, ok := n.Key.(*ast.Ident); ok && key.Name == "code" {
-					literal = n.Value
+					checkCode(t, fset, n.Value)
 				}
-			}
-			if s, ok := literal.(*ast.BasicLit); ok && s.Kind == token.STRING {
-				code, _ := strconv.Unquote(s.Value)
-				named[code] = true
-				if responses[code].status == 0 {
-					t.Errorf("%v: %q has no answer", fset.Position(s.Pos()), code)
-				}
+				ast.Inspect(n.Value, func(n ast.Node) bool { delete(unnamed, literal(n)); return true })
+				return literal(n.Key) == "" // the table itself names nothing
+			case *ast.BasicLit:
+				delete(unnamed, literal(n))
 			}
 			return true
 		})
 	}
-	for code := range responses {
-		if !named[code] {
-			t.Errorf("nothing answers with %s", code)
-		}
+	for code := range unnamed {
+		t.Errorf("nothing answers with %s", code)
 	}
+}
+
+func checkCode(t *testing.T, fset *token.FileSet, code ast.Expr) {
+	t.Helper()
+	if s := literal(code); s != "" && responses[s].status == 0 {
+		t.Errorf("%v: %q has no answer", fset.Position(code.Pos()), s)
+	}
+}
+
+// literal returns the string that n is in the source, "" if it is anything else.
+func literal(n ast.Node) string {
+	if l, ok := n.(*ast.BasicLit); ok && l.Kind == token.STRING {
+		s, _ := strconv.Unquote(l.Value)
+		return s
+	}
+	return ""
 }
 
 func TestErrorHeaders(t *testing.T) {
 	for _, test := range []struct {
 		err                   error
+		bearer                bool // the request showed one
 		status                int
 		challenge, retryAfter string
 	}{
-		{fail("missing_token"), 401, "Bearer", ""},
-		{&apiError{code: "invalid_token", refused: true}, 401, `Bearer error="invalid_token"`, ""},
-		{&apiError{code: "rate_limited", retryAfter: time.Nanosecond}, 429, "", "1"},
-		{&apiError{code: "too_many_attempts", retryAfter: 1001 * time.Millisecond}, 429, "", "2"},
-		{fail("overloaded"), 503, "", "1"},
-		{fmt.Errorf("%w: the secret cause", errUnavailable), 503, "", "1"},
-		{io.ErrUnexpectedEOF, 500, "", ""},
-		{fail("not_found"), 404, "", ""},
+		{fail("missing_token"), false, 401, "Bearer", ""},
+		{fail("invalid_token"), false, 401, "Bearer", ""},
+		{fail("invalid_token"), true, 401, `Bearer error="invalid_token"`, ""},
+		{&apiError{code: "rate_limited", retryAfter: time.Nanosecond}, false, 429, "", "1"},
+		{&apiError{code: "too_many_attempts", retryAfter: 1001 * time.Millisecond}, false, 429, "", "2"},
+		{fail("overloaded"), false, 503, "", "1"},
+		{fmt.Errorf("%w: the secret cause", errUnavailable), false, 503, "", "1"},
+		{io.ErrUnexpectedEOF, true, 500, "", ""},
+		{fail("not_found"), true, 404, "", ""},
 	} {
 		w := httptest.NewRecorder()
-		identify(nil)(handle(func(http.ResponseWriter, *http.Request) error { return test.err })).ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
-		h := w.Header()
-		if w.Code != test.status || h.Get("WWW-Authenticate") != test.challenge || h.Get("Retry-After") != test.retryAfter {
-			t.Errorf("%v: %d %v", test.err, w.Code, h)
+		h := identify(nil)(handle(func(_ http.ResponseWriter, r *http.Request) error {
+			aboutRequest(r).bearer = test.bearer
+			return test.err
+		}))
+		h.ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+		header, body := w.Header(), w.Body.String()
+		if w.Code != test.status || header.Get("WWW-Authenticate") != test.challenge || header.Get("Retry-After") != test.retryAfter {
+			t.Errorf("%v: %d %v", test.err, w.Code, header)
 		}
-		if h.Get("Cache-Control") != "no-store" || h.Get("X-Content-Type-Options") != "nosniff" || strings.Contains(w.Body.String(), "secret") ||
-			strings.Contains(w.Body.String(), "EOF") || strings.Contains(w.Body.String(), "details") {
-			t.Errorf("%v: %v\n%s", test.err, h, w.Body)
+		if header.Get("Cache-Control") != "no-store" || header.Get("X-Content-Type-Options") != "nosniff" ||
+			strings.Contains(body, "secret") || strings.Contains(body, "EOF") || strings.Contains(body, "details") {
+			t.Errorf("%v: %v\n%s", test.err, header, body)
 		}
 	}
 }

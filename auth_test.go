@@ -4,12 +4,15 @@ package main
 // requests may do to each other is in store_test.go.
 
 import (
+	"cmp"
 	"crypto/hmac"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -143,8 +146,8 @@ func TestRoutes(t *testing.T) {
 	check(c.do("DELETE", "/auth/me", map[string]any{"password": c.password}), 200, "{message}", "Account deleted")
 	want(t, c.login(), 401, "invalid_credentials")
 
-	for path, body := range map[string]string{"/healthz": `{"status":"ok"}`, "/readyz": `{"status":"ok","postgres":"ok","redis":"ok"}`} {
-		if r := c.do("GET", path, nil); r.status != 200 || strings.TrimSpace(r.raw) != body {
+	for path, body := range map[string]string{"/healthz": "map[status:ok]", "/readyz": "map[postgres:ok redis:ok status:ok]"} {
+		if r := c.do("GET", path, nil); r.status != 200 || fmt.Sprint(r.body) != body {
 			t.Errorf("%s: %d %s", path, r.status, r.raw)
 		}
 	}
@@ -507,23 +510,10 @@ func asciiUpper(s string) string {
 
 // Neither the body nor the time of a refused login says whether the account exists.
 func TestLoginTellsNothing(t *testing.T) {
-	s := start(t, map[string]string{"BCRYPT_COST": "9", "LOGIN_LIMIT_MAX": "0"})
+	s := start(t, map[string]string{"BCRYPT_COST": "6", "LOGIN_LIMIT_MAX": "0"})
 	c := signedUp(s)
-	attempt := func(email, password string) (normal string, fastest time.Duration) {
-		fastest = time.Hour
-		for range 3 { // the fastest of three: noise only ever slows one down
-			d := c.device()
-			d.email, d.password = email, password
-			r := d.login()
-			want(t, r, 401, "invalid_credentials")
-			delete(r.body, "requestId")
-			delete(r.body, "timestamp")
-			normal, fastest = fmt.Sprint(r.body, r.header.Values("WWW-Authenticate"), r.header.Values("Set-Cookie")), min(fastest, r.took)
-		}
-		return normal, fastest
-	}
-	body, took := attempt(c.email, "wrong password")
-	for name, guess := range map[string][2]string{
+	guesses := map[string][2]string{
+		"wrong password":                    {c.email, "wrong password"},
 		"unknown email":                     {"x" + c.email, c.password},
 		"no email at all":                   {"nobody", c.password},
 		"NUL in the email":                  {"a\x00" + c.email, c.password},
@@ -532,13 +522,26 @@ func TestLoginTellsNothing(t *testing.T) {
 		"NUL behind the right password":     {c.email, c.password + "\x00"},
 		"unknown email and a long password": {"x" + c.email, strings.Repeat("a", 73)},
 		"short password":                    {c.email, "x"},
-	} {
-		otherBody, otherTook := attempt(guess[0], guess[1])
-		if otherBody != body {
-			t.Errorf("%s: %s, a wrong password: %s", name, otherBody, body)
+	}
+	bodies, fastest := map[string]string{}, map[string]time.Duration{}
+	for range 4 { // the fastest of several: noise only ever slows one down
+		for name, guess := range guesses {
+			d := c.device()
+			d.email, d.password = guess[0], guess[1]
+			r := d.login()
+			want(t, r, 401, "invalid_credentials")
+			delete(r.body, "requestId")
+			delete(r.body, "timestamp")
+			bodies[name] = fmt.Sprint(r.body, r.header.Values("WWW-Authenticate"), r.header.Values("Set-Cookie"))
+			fastest[name] = min(r.took, cmp.Or(fastest[name], time.Hour))
 		}
-		if otherTook < took/2 {
-			t.Errorf("%s: refused after %v, a wrong password after %v: nothing was hashed", name, otherTook, took)
+	}
+	for name := range guesses {
+		if bodies[name] != bodies["wrong password"] {
+			t.Errorf("%s: %s, a wrong password: %s", name, bodies[name], bodies["wrong password"])
+		}
+		if fastest[name] < fastest["wrong password"]/2 {
+			t.Errorf("%s: refused after %v, a wrong password after %v: nothing was hashed", name, fastest[name], fastest["wrong password"])
 		}
 	}
 }
@@ -616,22 +619,16 @@ func TestForgedTokens(t *testing.T) {
 			"claims that are no object":       raw(`[]`),
 			"above 4 KB":                      with(map[string]any{"x": strings.Repeat("x", 4096)}),
 			"claims of no UTF-8":              raw(strings.Replace(claims(token), `{`, "{\"x\":\"\xff\",", 1)),
-			"payload with a set trailing bit": "",
+			"payload with a set trailing bit": trailingBit(t, secret, token),
 		}
 	}
 	for name, token := range forgeries("JWT_SECRET", "JWT_REFRESH_SECRET", c.access) {
-		if name == "payload with a set trailing bit" {
-			token = trailingBit(t, "JWT_SECRET", c.access)
-		}
 		want(t, c.bearing(token).me(), 401, "invalid_token")
 		if t.Failed() {
 			t.Fatal("access token: " + name)
 		}
 	}
 	for name, token := range forgeries("JWT_REFRESH_SECRET", "JWT_SECRET", c.cookie) {
-		if name == "payload with a set trailing bit" {
-			token = trailingBit(t, "JWT_REFRESH_SECRET", c.cookie)
-		}
 		r := c.bearing("").holding(token).refresh()
 		want(t, r, 401, "invalid_token")
 		if !r.cleared() {
@@ -690,26 +687,51 @@ func TestCookieAttributes(t *testing.T) {
 		want string
 	}{
 		{nil, "Path=/auth; Max-Age=604800; HttpOnly; SameSite=Strict"},
-		{map[string]string{"COOKIE_SAMESITE": "lax"}, "Path=/auth; Max-Age=604800; HttpOnly; SameSite=Lax"},
-		{map[string]string{"NODE_ENV": "staging", "BCRYPT_COST": "12"}, "Path=/auth; Max-Age=604800; HttpOnly; Secure; SameSite=Strict"},
-		{map[string]string{"NODE_ENV": "", "BCRYPT_COST": "12", "COOKIE_SAMESITE": "none"}, "Path=/auth; Max-Age=604800; HttpOnly; Secure; SameSite=None"},
+		{map[string]string{"COOKIE_SAMESITE": "lax", "REFRESH_TOKEN_TTL": "1h"}, "Path=/auth; Max-Age=3600; HttpOnly; SameSite=Lax"},
 	} {
-		s := start(t, test.env)
-		c := newClient(s)
-		attributes := func(r response) string {
-			_, rest, _ := strings.Cut(r.header.Get("Set-Cookie"), "; ")
-			return rest
-		}
-		for name, r := range map[string]response{"signup": c.signup(), "refresh": c.refresh()} {
-			if got := attributes(r); got != test.want {
-				t.Errorf("%v: %s gives %q, want %q", test.env, name, got, test.want)
+		c := signedUp(start(t, test.env))
+		check := func(r response, value, attributes string) {
+			t.Helper()
+			if got := r.header.Get("Set-Cookie"); got != "refreshToken="+value+"; "+attributes {
+				t.Errorf("%v: got %q, want the value %q and %q", test.env, got, value, attributes)
 			}
 		}
-		cleared := strings.Replace(test.want, "604800", "0", 1)
-		if r := c.logout(); !r.cleared() || attributes(r) != cleared {
-			t.Errorf("%v: logout gives %q, want %q", test.env, r.header.Get("Set-Cookie"), cleared)
-		}
+		check(c.refresh(), c.cookie, test.want)
+		check(c.logout(), "", regexp.MustCompile("Max-Age=[0-9]+").ReplaceAllString(test.want, "Max-Age=0"))
 	}
+}
+
+func TestSecretRotation(t *testing.T) {
+	secret := func() string { return rand.Text() + rand.Text() }
+	a, b := [2]string{secret(), secret()}, [2]string{secret(), secret()}
+	env := func(current, previous [2]string) map[string]string {
+		return map[string]string{"JWT_SECRET": current[0], "JWT_REFRESH_SECRET": current[1],
+			"JWT_SECRET_PREVIOUS": previous[0], "JWT_REFRESH_SECRET_PREVIOUS": previous[1]}
+	}
+	first := start(t, env(a, [2]string{}))
+	second := start(t, env(b, a))
+	third := start(t, env([2]string{secret(), secret()}, b))
+
+	c := signedUp(first)
+	old := c.tab()
+	c.s = second
+	want(t, c.me(), 200, "")
+	want(t, c.refresh(), 200, "")
+	want(t, c.me(), 200, "")
+	want(t, old.at(second).me(), 200, "") // until it expires
+	want(t, c.at(first).me(), 401, "invalid_token")
+	want(t, c.at(first).refresh(), 401, "invalid_token") // the new secret signs
+	want(t, c.at(third).me(), 200, "")
+	want(t, old.at(third).me(), 401, "invalid_token")
+	want(t, old.at(third).refresh(), 401, "invalid_token")
+	want(t, c.at(third).refresh(), 200, "")
+	want(t, old.at(second).logout(), 200, "")
+	want(t, c.at(third).me(), 401, "session_revoked")
+
+	// A previous secret makes neither kind of token pass for the other.
+	d := signedUp(first)
+	want(t, d.at(second).bearing(d.cookie).me(), 401, "invalid_token")
+	want(t, d.at(second).holding(d.access).refresh(), 401, "invalid_token")
 }
 
 // ---- refresh

@@ -325,8 +325,8 @@ func (x *tab) cookie(api string) *network.Cookie {
 
 func TestBrowserSession(t *testing.T) {
 	t.Parallel()
-	origin, api := site(t, vars{})
 	browser := chromium(t)
+	origin, api := site(t, vars{})
 	x := newTab(t, browser)
 
 	x.open(origin)
@@ -411,8 +411,8 @@ func TestBrowserSession(t *testing.T) {
 func TestBrowserTabs(t *testing.T) {
 	t.Parallel()
 	const life = 2 * time.Second
-	origin, _ := site(t, vars{"ACCESS_TOKEN_TTL": life.String(), "RATE_LIMIT_MAX": "10000"})
 	browser := chromium(t)
+	origin, _ := site(t, vars{"ACCESS_TOKEN_TTL": life.String(), "RATE_LIMIT_MAX": "10000"})
 	tabs := []*tab{newTab(t, browser), newTab(t, browser)}
 	tabs[0].signup(origin, ada)
 	tabs[1].open(origin)
@@ -466,8 +466,8 @@ func TestBrowserTabs(t *testing.T) {
 // Two tabs without Web Locks and without a way to talk, both held back until their refreshes can leave at once.
 func TestBrowserLostRace(t *testing.T) {
 	t.Parallel()
-	origin, _ := site(t, vars{"RATE_LIMIT_MAX": "10000"})
 	browser := chromium(t)
+	origin, _ := site(t, vars{"RATE_LIMIT_MAX": "10000"})
 	tabs := []*tab{newTab(t, browser), newTab(t, browser)}
 	tabs[0].signup(origin, ada)
 	for _, x := range tabs {
@@ -532,8 +532,8 @@ func raceRefreshes(t *testing.T, tabs []*tab) {
 
 func TestBrowserDevices(t *testing.T) {
 	t.Parallel()
-	origin, api := site(t, vars{})
 	browser := chromium(t)
+	origin, api := site(t, vars{})
 	laptop, phone := device(t, browser), device(t, browser)
 	const agent = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_3 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/18.3 Mobile/15E148 Safari/604.1"
 	if _, err := chromedp.Call(phone.ctx, emulation.SetUserAgentOverride, emulation.SetUserAgentOverrideParams{UserAgent: agent}); err != nil {
@@ -592,10 +592,10 @@ func TestBrowserDevices(t *testing.T) {
 // that it sends the cookie along, and only the server can refuse.
 func TestBrowserOtherOrigin(t *testing.T) {
 	t.Parallel()
+	browser := chromium(t)
 	origin, api := site(t, vars{})
 	foreign := listen(t)
 	servePage(t, foreign, api)
-	browser := chromium(t)
 	x := newTab(t, browser)
 	x.signup(origin, ada)
 	before := x.cookie(api).Value
@@ -641,8 +641,8 @@ func TestBrowserLimits(t *testing.T) {
 	t.Parallel()
 	t.Run("too many requests", func(t *testing.T) {
 		t.Parallel()
-		origin, _ := site(t, vars{"RATE_LIMIT_MAX": "8", "RATE_LIMIT_WINDOW": "6"})
 		x := newTab(t, chromium(t))
+		origin, _ := site(t, vars{"RATE_LIMIT_MAX": "8", "RATE_LIMIT_WINDOW": "6"})
 		x.signup(origin, ada) // refresh, signup, me, sessions
 		for x.count("GET /auth/sessions 429") == 0 {
 			x.click("#refresh button")
@@ -664,8 +664,8 @@ func TestBrowserLimits(t *testing.T) {
 	})
 	t.Run("too many wrong passwords", func(t *testing.T) {
 		t.Parallel()
-		origin, _ := site(t, vars{"LOGIN_LIMIT_MAX": "2"})
 		x := newTab(t, chromium(t))
+		origin, _ := site(t, vars{"LOGIN_LIMIT_MAX": "2"})
 		x.open(origin)
 		x.see("#view-login h1", "Log in")
 		for range 2 {

@@ -295,6 +295,21 @@ var rateLimit = []promise{
 			}
 		}
 	}},
+	{"X-Forwarded-For in several lines is one list", aURL, func(t *testing.T, s *server) {
+		if s.conf("RATE_LIMIT_MAX") == "0" {
+			t.Skip("RATE_LIMIT_MAX is 0")
+		}
+		ip := newIP()
+		first := s.send(t, request{method: "GET", path: "/auth/me", ip: ip}).remaining()
+		// As a proxy does that adds a line of its own below the one that its client has made up.
+		resp, err := s.raw(t, fmt.Sprintf("GET /auth/me HTTP/1.1\r\nHost: %s\r\nX-Forwarded-For: %s\r\nX-Forwarded-For: %s\r\n\r\n", s.host(), newIP(), ip))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := resp.Header.Get("RateLimit"), fmt.Sprintf(`"ip";r=%d;`, first-1); !strings.HasPrefix(got, want) {
+			t.Errorf("RateLimit is %s, want %s", got, want)
+		}
+	}},
 	{"IPv4 in IPv6 (::ffff:a.b.c.d) is the IPv4 address", aURL, func(t *testing.T, s *server) {
 		if s.conf("RATE_LIMIT_MAX") == "0" {
 			t.Skip("RATE_LIMIT_MAX is 0")

@@ -104,6 +104,12 @@ var routes = []promise{
 			t.Errorf("body %s", a.body)
 		}
 	}},
+	{"PUT /auth/password and DELETE /auth/me are 404 user_not_found if the account is gone", kept, func(t *testing.T, s *server) {
+		v := s.signup(t)
+		s.st.exec(t, "DELETE FROM users WHERE id = $1", v.id)
+		v.send("PUT", "/auth/password", passwordChange{v.password, newPassword()}).refused(404, "user_not_found")
+		v.send("DELETE", "/auth/me", passwordOnly{v.password}).refused(404, "user_not_found")
+	}},
 	{"GET /auth/sessions lists the caller's sessions, newest use first", aURL, func(t *testing.T, s *server) {
 		v := s.signup(t)
 		others := []*visitor{v.login(), v.login(), v.login()}

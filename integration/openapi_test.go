@@ -121,8 +121,8 @@ func TestOpenAPI(t *testing.T) {
 		}
 	})
 	t.Run("every route and status was reached by the suite", func(t *testing.T) {
-		if !contractHeldWhole.Load() {
-			t.Skip("the contract suite did not run as a whole, on servers of its own")
+		if !contractRanWhole.Load() {
+			t.Skip("the contract suite did not run as a whole")
 		}
 		expected := []string{}
 		for path, item := range document.doc.Paths.Map() {

@@ -510,7 +510,7 @@ func asciiUpper(s string) string {
 
 // Neither the body nor the time of a refused login says whether the account exists.
 func TestLoginTellsNothing(t *testing.T) {
-	s := start(t, map[string]string{"BCRYPT_COST": "6", "LOGIN_LIMIT_MAX": "0"})
+	s := start(t, map[string]string{"BCRYPT_COST": "5", "LOGIN_LIMIT_MAX": "0"})
 	c := signedUp(s)
 	guesses := map[string][2]string{
 		"wrong password":                    {c.email, "wrong password"},
@@ -915,12 +915,14 @@ func TestSessionLifetime(t *testing.T) {
 		return claims[to].(float64) - claims[from].(float64)
 	}
 	t.Run("the refresh token ends with the session", func(t *testing.T) {
+		t.Parallel() // mostly it waits
 		c := signedUp(start(t, map[string]string{"SESSION_MAX_TTL": "1h"}))
 		if got := seconds(c, "iat", "exp"); got != 3600 {
 			t.Errorf("a refresh token of %v s in a session of an hour", got)
 		}
 	})
 	t.Run("refreshing does not prolong it", func(t *testing.T) {
+		t.Parallel()
 		c := signedUp(start(t, map[string]string{"SESSION_MAX_TTL": "2s"}))
 		end := payload(t, c.cookie)["exp"].(float64)
 		began := time.Now()
@@ -944,11 +946,13 @@ func TestSessionLifetime(t *testing.T) {
 		want(t, c.login(), 200, "")
 	})
 	t.Run("so does one that is not refreshed", func(t *testing.T) {
+		t.Parallel()
 		c := signedUp(start(t, map[string]string{"REFRESH_TOKEN_TTL": "1s"}))
 		eventually(t, "the session has run out", func() bool { return c.me().code() == "session_revoked" })
 		want(t, c.tab().refresh(), 401, "token_expired")
 	})
 	t.Run("access tokens expire", func(t *testing.T) {
+		t.Parallel()
 		c := signedUp(start(t, map[string]string{"ACCESS_TOKEN_TTL": "1s"}))
 		eventually(t, "the access token has expired", func() bool { return c.me().code() == "token_expired" })
 		want(t, c.refresh(), 200, "")

@@ -12,7 +12,7 @@ run: go ## serve on http://localhost:3000, data in .data
 # air's delay, in milliseconds, is how long the server may drain. Without the exec air signals a shell
 # and the server one after the other, and the second signal would cut the draining short.
 dev: go ## like run, rebuilt and restarted at every saved change
-	scripts/with-services --keep .data go run $(AIR) -tmp_dir .data/air -build.include_ext go,sql,txt \
+	scripts/with-services --keep .data go run $(AIR) -tmp_dir .data/air -build.include_ext go,sql,lua,txt \
 	    -build.exclude_dir .data,examples,integration,scripts -build.full_bin 'exec .data/air/main' \
 	    -build.send_interrupt true -build.kill_delay 15000
 

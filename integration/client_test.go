@@ -363,7 +363,7 @@ func assertLogFreeOfSecrets(t testing.TB, s *server) {
 	t.Helper()
 	log := logsOf(s.c)
 	secrets := []string{s.conf("JWT_SECRET"), s.conf("JWT_REFRESH_SECRET"), s.conf("JWT_SECRET_PREVIOUS"),
-		s.conf("JWT_REFRESH_SECRET_PREVIOUS"), "latchkey:latchkey@", "$2a$", "$2b$", "eyJhbGci", "refreshToken"}
+		s.conf("JWT_REFRESH_SECRET_PREVIOUS"), databasePassword, "$2a$", "$2b$", "eyJhbGci", "refreshToken"}
 	spoken.Range(func(secret, _ any) bool {
 		secrets = append(secrets, secret.(string))
 		return true

@@ -232,6 +232,16 @@ var errorFormat = []promise{
 			}
 		}
 	}},
+	{"body_too_large is 413 on every route where a body is due", aURL, func(t *testing.T, s *server) {
+		v := s.signup(t)
+		for _, route := range []string{"POST /auth/signup", "POST /auth/login", "PUT /auth/password", "DELETE /auth/me"} {
+			method, path, _ := strings.Cut(route, " ")
+			for _, chunked := range []bool{false, true} {
+				s.send(t, request{method: method, path: path, bearer: v.access, body: strings.Repeat("x", bodyLimit+1), chunked: chunked}).
+					refused(413, "body_too_large")
+			}
+		}
+	}},
 	{"a body declared too long is refused unread", aURL, func(t *testing.T, s *server) {
 		// Not one byte of it is ever sent.
 		resp, err := s.raw(t, fmt.Sprintf("POST /auth/signup HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nX-Forwarded-For: %s\r\nContent-Length: %d\r\n\r\n",

@@ -49,6 +49,8 @@ const (
 	postgresImage = "postgres:17-alpine"
 	redisImage    = "redis:7-alpine"
 	frontend      = "http://localhost:5173"
+
+	databasePassword = "database-password-of-the-integration-tests"
 )
 
 // vars are environment variables of a server.
@@ -246,7 +248,7 @@ func (st *stores) close() error {
 
 func startStores(ctx context.Context, name string) (*stores, error) {
 	pg, err := pgmodule.Run(ctx, postgresImage,
-		pgmodule.WithDatabase("latchkey"), pgmodule.WithUsername("latchkey"), pgmodule.WithPassword("latchkey"),
+		pgmodule.WithDatabase("latchkey"), pgmodule.WithUsername("latchkey"), pgmodule.WithPassword(databasePassword),
 		pgmodule.BasicWaitStrategies(), testcontainers.WithCmdArgs("-c", "fsync=off", "-c", "max_connections=500"),
 		published("5432/tcp"), network.WithNetwork([]string{"postgres-" + name}, lan))
 	if err != nil {
@@ -259,7 +261,7 @@ func startStores(ctx context.Context, name string) (*stores, error) {
 	}
 	st := &stores{
 		postgres: pg, redis: rd,
-		inDatabase: "postgres://latchkey:latchkey@postgres-" + name + ":5432/latchkey?sslmode=disable",
+		inDatabase: "postgres://latchkey:" + databasePassword + "@postgres-" + name + ":5432/latchkey?sslmode=disable",
 		inRedis:    "redis://redis-" + name + ":6379",
 	}
 	if st.databaseURL, err = pg.ConnectionString(ctx, "sslmode=disable"); err == nil {

@@ -88,7 +88,7 @@ func TestMetrics(t *testing.T) {
 		"latchkey_postgres_connections":          dto.MetricType_GAUGE,
 		"latchkey_redis_connections":             dto.MetricType_GAUGE,
 		"go_goroutines":                          dto.MetricType_GAUGE,
-		"go_memstats_heap_alloc_bytes":           dto.MetricType_GAUGE,
+		"go_memory_bytes":                        dto.MetricType_GAUGE,
 	} {
 		if family := after[name]; family == nil || family.GetType() != kind {
 			t.Errorf("%s is %v, want a %v", name, family, kind)

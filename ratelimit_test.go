@@ -268,7 +268,7 @@ func TestLoginGiveBack(t *testing.T) {
 	}
 }
 
-func TestLoginLimitIsExact(t *testing.T) {
+func TestAttemptsAreCountedExactly(t *testing.T) {
 	const max, calls = 10, 200
 	rdb := redisClient(t)
 	replicas := []*limiter{testLimiter(rdb, max, 60), testLimiter(redisClient(t), max, 60)}

@@ -31,7 +31,7 @@ func prefixes(t testing.TB, cidrs ...string) (list []netip.Prefix) {
 	return list
 }
 
-func TestClientIP(t *testing.T) {
+func TestClientIPOfHeader(t *testing.T) {
 	trusted := prefixes(t, "10.0.0.0/8", "192.0.2.7/32", "fd00::/8", "fe80::/10")
 	const proxy = "10.0.0.1:4711"
 	for _, test := range []struct {
@@ -156,7 +156,7 @@ func TestUUID(t *testing.T) {
 	}
 }
 
-func TestRequestID(t *testing.T) {
+func TestIdentifyRequestID(t *testing.T) {
 	const own = "0A1B2C3D-4e5f-6789-abcd-ef0123456789"
 	h := identify(nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, aboutRequest(r).id) }))
 	for _, given := range []string{own, "", "1", own + "0", own[:35] + "\x00", "<script>"} {

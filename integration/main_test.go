@@ -1,13 +1,15 @@
 // Package integration runs Latchkey as its users run it: the image of its own Dockerfile, in containers, against real
 // PostgreSQL and Redis, over HTTP. Nothing here knows the server's inside; what is tested is the HTTP contract.
 //
-//	go test -C integration ./...                    everything; needs a Docker engine and nothing else
-//	go test -C integration -run Contract -v         the contract's promises, one by one
+//	go test -C integration -count=1 -timeout 20m ./...        everything; needs a Docker engine and nothing else
+//	go test -C integration -count=1 -run Contract -v          the contract's promises, one by one
+//
+// Mind the -count=1: the go command cannot see that the server has changed, and would show an old result.
 //
 // The contract's promises can also be held against a server that runs already, this one or another behind the same
 // contract. It should trust X-Forwarded-For from here (TRUSTED_PROXIES), since every test is a client of its own:
 //
-//	LATCHKEY_BASE_URL=http://localhost:3000 go test -C integration -run Contract -v
+//	LATCHKEY_BASE_URL=http://localhost:3000 go test -C integration -count=1 -run Contract -v
 //
 // What needs more than a URL is then skipped, with a word why, unless the same variables that configure the server
 // (DATABASE_URL, REDIS_URL, JWT_SECRET, JWT_REFRESH_SECRET, NODE_ENV, FRONTEND_URL, ...) are given to the tests too.
@@ -202,6 +204,24 @@ func peer(base string) (*server, error) {
 	for _, line := range os.Environ() {
 		name, value, _ := strings.Cut(line, "=")
 		s.env[name] = value
+	}
+	left := map[string]bool{}
+	for range 2 {
+		req, err := http.NewRequest(http.MethodGet, s.URL+"/auth/me", nil)
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("X-Forwarded-For", newIP())
+		resp, err := httpClient.Do(req)
+		if err != nil {
+			return nil, fmt.Errorf("LATCHKEY_BASE_URL: %w", err)
+		}
+		resp.Body.Close()
+		limit, _, _ := strings.Cut(resp.Header.Get("RateLimit"), ";t=")
+		left[limit] = true
+	}
+	if len(left) > 1 {
+		fmt.Println("integration: the server does not believe X-Forwarded-For from here, so its limits will refuse many tests: set its TRUSTED_PROXIES")
 	}
 	if s.env["DATABASE_URL"] != "" && s.env["REDIS_URL"] != "" {
 		s.st = &stores{databaseURL: s.env["DATABASE_URL"], redisURL: s.env["REDIS_URL"]}

@@ -6,7 +6,6 @@ import (
 	"context"
 	_ "embed"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"mime"
@@ -22,9 +21,7 @@ import (
 
 const (
 	maxBodyBytes     = 100 << 10
-	maxEmailBytes    = 254 // RFC 5321 section 4.5.3.1.3, less the angle brackets
-	maxPasswordBytes = 72  // all that bcrypt reads
-	maxAgentBytes    = 256
+	maxPasswordBytes = 72 // all that bcrypt reads
 	cookieName       = "refreshToken"
 )
 
@@ -40,21 +37,6 @@ type auth struct {
 	metrics         *metrics
 	log             *slog.Logger
 }
-
-// answer is the body of every success but the list of sessions.
-type answer struct {
-	Message     string      `json:"message,omitempty"`
-	User        *publicUser `json:"user,omitempty"`
-	AccessToken string      `json:"accessToken,omitempty"`
-}
-
-type publicUser struct {
-	ID        string     `json:"id"`
-	Email     string     `json:"email"`
-	CreatedAt *timestamp `json:"createdAt,omitempty"`
-}
-
-// ---- what the caller shows
 
 // bearer returns the token of the Authorization header (RFC 6750 section 2.1), "" if there is none.
 func bearer(r *http.Request) string {
@@ -77,13 +59,12 @@ func verify(r *http.Request, k keys, token string) (claims, error) {
 	return c, err
 }
 
-// cookieClaims returns the claims of the refresh cookie.
-func (a *auth) cookieClaims(r *http.Request) (claims, error) {
-	cookie, err := r.Cookie(cookieName)
-	if err != nil {
-		return claims{}, fail("missing_token")
+// refreshCookie returns the refresh token, "" if there is none.
+func refreshCookie(r *http.Request) string {
+	if cookie, err := r.Cookie(cookieName); err == nil {
+		return cookie.Value
 	}
-	return verify(r, a.refresh, cookie.Value)
+	return ""
 }
 
 // requireAuth lets a request through whose access token verifies and whose session lives.
@@ -100,9 +81,13 @@ func (a *auth) requireAuth(next func(http.ResponseWriter, *http.Request, claims)
 	})
 }
 
-// input reads the body as a JSON object and the strings in it that checks names, by member name. A check returns what
-// is wrong with its value, "" if nothing is.
-func input(w http.ResponseWriter, r *http.Request, checks map[string]func(string) string) (map[string]string, error) {
+// checks names the strings that a body has to have. Each function returns what is wrong with its value, "" if nothing is.
+type checks map[string]func(string) string
+
+func anything(string) string { return "" }
+
+// input reads the body as a JSON object and returns the strings in it that want names.
+func input(w http.ResponseWriter, r *http.Request, want checks) (map[string]string, error) {
 	if r.ContentLength > maxBodyBytes {
 		w.Header().Set("Connection", "close") // else net/http reads it all before it answers
 		return nil, fail("body_too_large")
@@ -119,9 +104,10 @@ func input(w http.ResponseWriter, r *http.Request, checks map[string]func(string
 		members, err = readObject(data)
 	}
 	values, details := map[string]string{}, map[string]string{}
-	for name, check := range checks {
-		values[name] = members.text(name, &err)
-		if fault := check(values[name]); fault != "" {
+	for name, check := range want {
+		if values[name] = members.text(name, &err); values[name] == "" {
+			details[name] = "This field is required"
+		} else if fault := check(values[name]); fault != "" {
 			details[name] = fault
 		}
 	}
@@ -137,10 +123,8 @@ func input(w http.ResponseWriter, r *http.Request, checks map[string]func(string
 // deviceOf says where a request comes from.
 func deviceOf(r *http.Request) device {
 	agent := r.UserAgent()
-	return device{aboutRequest(r).ip.String(), strings.ToValidUTF8(agent[:min(len(agent), maxAgentBytes)], "")}
+	return device{aboutRequest(r).ip.String(), strings.ToValidUTF8(agent[:min(len(agent), 256)], "")}
 }
-
-// ---- what the caller gets
 
 func (a *auth) setCookie(w http.ResponseWriter, value string, maxAge int) {
 	http.SetCookie(w, &http.Cookie{Name: cookieName, Value: value, Path: "/auth", MaxAge: maxAge,
@@ -160,25 +144,14 @@ func (a *auth) giveTokens(w http.ResponseWriter, u user, g grant, email string) 
 	return a.access.sign(c)
 }
 
-// ---- what is acceptable
-
 //go:embed common-passwords.txt
-var commonPasswordList string
-
-// commonPasswords is the set of passwords too common to be accepted, in lower case.
-var commonPasswords = func() map[string]bool {
-	set := map[string]bool{}
-	for line := range strings.Lines(commonPasswordList) {
-		set[strings.TrimSuffix(line, "\n")] = !strings.HasPrefix(line, "#!")
-	}
-	return set
-}()
+var commonPasswords string // one a line, in lower case
 
 // normalizeEmail trims and lower-cases an address, in ASCII only: as PostgreSQL does under collation "C".
 func normalizeEmail(email string) string {
 	return strings.Map(func(r rune) rune {
-		if 'A' <= r && r <= 'Z' {
-			r += 'a' - 'A'
+		if r <= unicode.MaxASCII {
+			return unicode.ToLower(r)
 		}
 		return r
 	}, strings.TrimSpace(email))
@@ -190,9 +163,7 @@ func emailFault(email string) string {
 	odd := func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsGraphic(r) }
 	parsed, err := mail.ParseAddress(email)
 	switch {
-	case email == "":
-		return "Email is required"
-	case len(email) > maxEmailBytes:
+	case len(email) > 254: // RFC 5321 section 4.5.3.1.3, less the angle brackets
 		return "Email must be at most 254 bytes"
 	case err != nil, parsed.Address != email, strings.Count(email, "@") != 1, strings.ContainsFunc(email, odd):
 		return "Email must be a valid email address"
@@ -203,29 +174,17 @@ func emailFault(email string) string {
 // passwordFault says what is wrong with a new password, "" if nothing is.
 func passwordFault(password string) string {
 	switch {
-	case password == "":
-		return "Password is required"
 	case len(password) < 8:
 		return "Password must be at least 8 bytes"
 	case len(password) > maxPasswordBytes:
 		return "Password must be at most 72 bytes"
 	case strings.ContainsRune(password, 0): // bcrypt takes "P" and "P\x00P" for the same
 		return "Password must not contain NUL"
-	case commonPasswords[strings.ToLower(password)]:
+	case strings.Contains(commonPasswords, "\n"+strings.ToLower(password)+"\n"):
 		return "Password is too common"
 	}
 	return ""
 }
-
-// required says that a value is missing, "" if it is there.
-func required(value string) string {
-	if value == "" {
-		return "This field is required"
-	}
-	return ""
-}
-
-// ---- password hashing
 
 const (
 	hashWait  = 2 * time.Second // longest wait for a slot
@@ -288,15 +247,15 @@ func (h *hasher) matches(ctx context.Context, hash, password string) (ok bool, e
 	return ok && possible, err
 }
 
-// withPassword calls then with the user that find finds, if password is theirs, else it is invalid_credentials.
-// The attempt is counted beforehand, and given back if it succeeds or cannot be judged. Where the password hash
-// has changed by the time then uses it (errStale), all is done again.
-func (a *auth) withPassword(r *http.Request, email, password string, find func() (user, error), then func(user) error) error {
+// withPassword calls then with the user found by key, if password is theirs, else it is invalid_credentials. The attempt
+// is counted beforehand, on the account of email, and given back if it succeeds or cannot be judged. Where the password
+// hash has changed by the time then uses it (errStale), all is done again.
+func (a *auth) withPassword(r *http.Request, by, key, email, password string, then func(user) error) error {
 	ip := aboutRequest(r).ip
 	wait, err := a.logins.attempt(r.Context(), email, ip)
 	switch {
 	case err != nil:
-		return fmt.Errorf("%w: login limit: %v", errUnavailable, err)
+		return redisError("login limit", err)
 	case wait > 0:
 		a.metrics.add("latchkey_login_limited_total", 1)
 		return &apiError{code: "too_many_attempts", retryAfter: wait}
@@ -305,7 +264,7 @@ func (a *auth) withPassword(r *http.Request, email, password string, find func()
 	err = errStale
 	for tries := 0; tries < 3 && errors.Is(err, errStale); tries++ {
 		var u user
-		if u, err = find(); err != nil && !errors.Is(err, errNoUser) {
+		if u, err = a.store.findUser(r.Context(), by, key); err != nil && (by == byID || !errors.Is(err, errNoUser)) {
 			break
 		}
 		if ok, err = a.hasher.matches(r.Context(), u.PasswordHash, password); err != nil {
@@ -323,10 +282,8 @@ func (a *auth) withPassword(r *http.Request, email, password string, find func()
 	return err
 }
 
-// ---- handlers
-
 func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
-	in, err := input(w, r, map[string]func(string) string{"email": emailFault, "password": passwordFault})
+	in, err := input(w, r, checks{"email": emailFault, "password": passwordFault})
 	if err != nil {
 		return err
 	}
@@ -339,24 +296,24 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	aboutRequest(r).userID = u.ID
-	return writeJSON(w, http.StatusCreated, answer{"User created successfully", &publicUser{u.ID, u.Email, &u.CreatedAt},
-		a.giveTokens(w, u, g, u.Email)})
+	return writeJSON(w, http.StatusCreated, body{"message": "User created successfully", "accessToken": a.giveTokens(w, u, g, u.Email),
+		"user": body{"id": u.ID, "email": u.Email, "createdAt": u.CreatedAt}})
 }
 
 func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
-	in, err := input(w, r, map[string]func(string) string{"email": required, "password": required})
+	in, err := input(w, r, checks{"email": anything, "password": anything})
 	if err != nil {
 		return err
 	}
 	email := normalizeEmail(in["email"])
-	find := func() (user, error) { return a.store.userByEmail(r.Context(), email) }
-	return a.withPassword(r, email, in["password"], find, func(u user) error {
+	return a.withPassword(r, byEmail, email, email, in["password"], func(u user) error {
 		g, err := a.store.openSession(r.Context(), u, newUUID(), newUUID(), deviceOf(r))
 		if err != nil {
 			return err
 		}
 		a.upgradeHash(r, u, in["password"])
-		return writeJSON(w, http.StatusOK, answer{"Login successful", &publicUser{u.ID, u.Email, nil}, a.giveTokens(w, u, g, u.Email)})
+		return reply(w, nil, body{"message": "Login successful", "accessToken": a.giveTokens(w, u, g, u.Email),
+			"user": body{"id": u.ID, "email": u.Email}})
 	})
 }
 
@@ -368,7 +325,7 @@ func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 	}
 	hash, err := a.hasher.hash(r.Context(), password)
 	if err == nil {
-		err = a.store.rehash(r.Context(), u, hash)
+		err = a.store.replaceHash(r.Context(), u, hash, "")
 	}
 	if err != nil {
 		a.log.Warn("password not rehashed", "requestId", aboutRequest(r).id, "cause", err)
@@ -376,13 +333,13 @@ func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 }
 
 func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
-	c, err := a.cookieClaims(r)
+	c, err := verify(r, a.refresh, refreshCookie(r))
 	if err != nil {
 		a.clearCookie(w)
 		return err
 	}
 	var g grant
-	u, err := a.store.userByID(r.Context(), c.UserID) // first: with PostgreSQL down no token is used up
+	u, err := a.store.findUser(r.Context(), byID, c.UserID) // first: with PostgreSQL down no token is used up
 	if err == nil {
 		g, err = a.store.rotate(r.Context(), u, c.SessionID, c.TokenID, newUUID(), deviceOf(r))
 	} else if errors.Is(err, errNoUser) {
@@ -403,15 +360,15 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, http.StatusOK, answer{AccessToken: a.giveTokens(w, u, g, c.Email)})
+	return reply(w, nil, body{"accessToken": a.giveTokens(w, u, g, c.Email)})
 }
 
 // logout ends the session of the access token or, where that is missing or expired, of the cookie.
 func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
-	token := bearer(r)
+	token, cookie := bearer(r), refreshCookie(r)
 	c, err := verify(r, a.access, token)
-	if _, noCookie := r.Cookie(cookieName); noCookie == nil && (token == "" || errors.Is(err, errTokenExpired)) {
-		c, err = a.cookieClaims(r)
+	if cookie != "" && (token == "" || errors.Is(err, errTokenExpired)) {
+		c, err = verify(r, a.refresh, cookie)
 	}
 	if err == nil {
 		err = a.store.revoke(r.Context(), c.UserID, c.SessionID)
@@ -422,86 +379,59 @@ func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
 	if !errors.Is(err, errUnavailable) { // else the session may live
 		a.clearCookie(w)
 	}
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, answer{Message: "Logout successful"})
+	return reply(w, err, body{"message": "Logout successful"})
 }
 
 func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
-	u, err := a.store.userByID(r.Context(), c.UserID)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, answer{User: &publicUser{u.ID, u.Email, &u.CreatedAt}})
+	u, err := a.store.findUser(r.Context(), byID, c.UserID)
+	return reply(w, err, body{"user": body{"id": u.ID, "email": u.Email, "createdAt": u.CreatedAt}})
 }
 
 func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) error {
 	sessions, err := a.store.sessions(r.Context(), c.UserID, c.SessionID)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, map[string][]session{"sessions": sessions})
+	return reply(w, err, body{"sessions": sessions})
 }
 
 func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) error {
-	sid := r.PathValue("id")
-	if err := a.store.revoke(r.Context(), c.UserID, sid); err != nil {
-		return err
-	}
-	if sid == c.SessionID {
+	err := a.store.revoke(r.Context(), c.UserID, r.PathValue("id"))
+	if err == nil && r.PathValue("id") == c.SessionID {
 		a.clearCookie(w)
 	}
-	return writeJSON(w, http.StatusOK, answer{Message: "Session revoked"})
+	return reply(w, err, body{"message": "Session revoked"})
 }
 
 func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) error {
-	if err := a.store.revokeAll(r.Context(), c.UserID, c.SessionID, ""); err != nil {
-		return err
+	err := a.store.revokeAll(r.Context(), c.UserID, c.SessionID, "")
+	if err == nil {
+		a.clearCookie(w)
 	}
-	a.clearCookie(w)
-	return writeJSON(w, http.StatusOK, answer{Message: "All sessions revoked"})
+	return reply(w, err, body{"message": "All sessions revoked"})
 }
 
 func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) error {
-	in, err := input(w, r, map[string]func(string) string{"currentPassword": required, "newPassword": passwordFault})
+	in, err := input(w, r, checks{"currentPassword": anything, "newPassword": passwordFault})
 	if err != nil {
 		return err
 	}
-	return a.confirm(r, c, in["currentPassword"], func(u user) error {
+	return a.withPassword(r, byID, c.UserID, normalizeEmail(c.Email), in["currentPassword"], func(u user) error {
 		hash, err := a.hasher.hash(r.Context(), in["newPassword"])
-		if err != nil {
-			return err
+		if err == nil {
+			err = a.store.replaceHash(r.Context(), u, hash, c.SessionID)
 		}
-		if err := a.store.changePassword(r.Context(), u, hash, c.SessionID); err != nil {
-			return err
-		}
-		return writeJSON(w, http.StatusOK, answer{Message: "Password changed"})
+		return reply(w, err, body{"message": "Password changed"})
 	})
 }
 
 func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) error {
-	in, err := input(w, r, map[string]func(string) string{"password": required})
+	in, err := input(w, r, checks{"password": anything})
 	if err != nil {
 		return err
 	}
-	return a.confirm(r, c, in["password"], func(u user) error {
-		if err := a.store.deleteUser(r.Context(), u, c.SessionID); err != nil {
-			return err
+	return a.withPassword(r, byID, c.UserID, normalizeEmail(c.Email), in["password"], func(u user) error {
+		err := a.store.deleteUser(r.Context(), u, c.SessionID)
+		if err == nil {
+			a.clearCookie(w)
 		}
-		a.clearCookie(w)
-		return writeJSON(w, http.StatusOK, answer{Message: "Account deleted"})
+		return reply(w, err, body{"message": "Account deleted"})
 	})
-}
-
-// confirm calls then if password is the account's. A wrong one counts as a failed login.
-func (a *auth) confirm(r *http.Request, c claims, password string, then func(user) error) error {
-	find := func() (user, error) {
-		u, err := a.store.userByID(r.Context(), c.UserID)
-		if errors.Is(err, errNoUser) {
-			err = fail("user_not_found")
-		}
-		return u, err
-	}
-	return a.withPassword(r, normalizeEmail(c.Email), password, find, then)
 }

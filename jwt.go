@@ -4,16 +4,17 @@ package main
 // strictly. Pure functions: the clock is a parameter, and nothing here knows of HTTP or of the rest of the server.
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"math"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -49,10 +50,7 @@ type keys struct{ current, previous []byte }
 
 // sign returns the token that carries c.
 func (k keys) sign(c claims) string {
-	payload, err := json.Marshal(c)
-	if err != nil {
-		panic(err) // strings and integers always encode
-	}
+	payload, _ := json.Marshal(c) // strings and integers always encode
 	signed := jwtHeader + base64url.EncodeToString(payload)
 	return signed + "." + string(signature(k.current, signed))
 }
@@ -85,7 +83,7 @@ func (k keys) verify(token string, now time.Time) (claims, error) {
 	notBefore := members.integer("nbf", &err)
 	switch {
 	case err != nil, c.UserID == "", c.SessionID == "", c.TokenID == "", c.Subject != c.UserID,
-		c.ExpiresAt == math.MinInt64, notBefore > now.Unix(): // RFC 7519 section 4.1.5
+		c.ExpiresAt == noInteger, notBefore > now.Unix(): // RFC 7519 section 4.1.5
 		return claims{}, errTokenInvalid
 	case c.ExpiresAt <= now.Unix(): // "on or after which": RFC 7519 section 4.1.4
 		return claims{}, errTokenExpired
@@ -105,10 +103,7 @@ type object map[string]string
 
 // text returns a member that is a string, "" if there is none; one of another type sets err.
 func (o object) text(name string, err *error) string {
-	value, given := o[name]
-	if !given {
-		return ""
-	}
+	value := cmp.Or(o[name], `""`)
 	if value[0] != '"' {
 		*err = errJSON
 		return ""
@@ -116,49 +111,54 @@ func (o object) text(name string, err *error) string {
 	return unquote(value)
 }
 
-// integer returns a member that is a whole number in plain digits, math.MinInt64 if there is none; another sets err.
+// integer returns a member that is a whole number in plain digits, noInteger if there is none; any other sets err.
 func (o object) integer(name string, err *error) int64 {
-	value, given := o[name]
-	if !given {
-		return math.MinInt64
-	}
-	n, bad := strconv.ParseInt(value, 10, 64)
+	n, bad := strconv.ParseInt(cmp.Or(o[name], strconv.Itoa(noInteger)), 10, 64)
 	if bad != nil {
 		*err = errJSON
 	}
 	return n
 }
 
-// readObject reads the JSON object that data is. What encoding/json lets through, and two readers may read in two ways,
-// is errJSON: a member given twice, at any depth (RFC 7493 section 2.3), and text that is no UTF-8, also by way of an
-// unpaired surrogate escape (section 2.1). Names keep their case.
+const noInteger = math.MinInt64
+
+var (
+	// escapes are those of a JSON string that say nothing wrong; what is left of surrogates then has no partner.
+	escapes       = regexp.MustCompile(`\\[^u]|\\u[dD][89abAB]..\\u[dD][c-fC-F]..`)
+	loneSurrogate = regexp.MustCompile(`\\u[dD][89a-fA-F]`)
+)
+
+// readObject reads the JSON object that data is. What encoding/json lets through and others read otherwise is errJSON: a
+// member given twice, at any depth, and text that is no UTF-8 or has unpaired surrogates (RFC 7493 sections 2.3, 2.1).
 func readObject(data []byte) (object, error) {
 	text := strings.Trim(string(data), " \t\r\n")
-	if !json.Valid(data) || !utf8.Valid(data) || text[0] != '{' {
+	if !json.Valid(data) || !utf8.Valid(data) || text[0] != '{' ||
+		strings.Contains(text, `\u`) && loneSurrogate.MatchString(escapes.ReplaceAllString(text, "")) {
 		return nil, errJSON
 	}
 	members := make(object, 8)
 	open := []object{members}                  // what encloses the place that is read; nil is an array
-	isName, name, start := true, "", len(text) // of the outermost member that is read: name and begin of the value
+	isName, name, start := true, "", len(text) // of the outermost member that is read: name, begin of the value
 	for i := 1; i < len(text); i++ {
 		inner := open[len(open)-1]
 		switch text[i] {
 		case '"':
-			end := i + quotedLen(text[i:])
-			if end == i {
-				return nil, errJSON
+			begin := i
+			for i++; text[i] != '"'; i++ {
+				if text[i] == '\\' {
+					i++
+				}
 			}
 			if isName {
-				key := unquote(text[i:end])
+				key := unquote(text[begin : i+1])
 				if _, twice := inner[key]; twice {
 					return nil, errJSON
 				}
 				inner[key], isName = "", false
 				if len(open) == 1 {
-					name, start = key, end+1+strings.IndexByte(text[end:], ':')
+					name, start = key, i+2+strings.IndexByte(text[i+1:], ':')
 				}
 			}
-			i = end - 1
 		case '{':
 			open, isName = append(open, object{}), true
 		case '[':
@@ -175,31 +175,6 @@ func readObject(data []byte) (object, error) {
 		}
 	}
 	return members, nil
-}
-
-// quotedLen returns the length of the string that valid JSON begins with; 0 if it has an unpaired surrogate.
-func quotedLen(text string) int {
-	unit := func(at int) rune { // the UTF-16 unit escaped there, 0 if none is
-		if text[at] != '\\' || text[at+1] != 'u' {
-			return 0
-		}
-		n, _ := strconv.ParseUint(text[at+2:at+6], 16, 16)
-		return rune(n)
-	}
-	for i := 1; ; i++ {
-		switch text[i] {
-		case '"':
-			return i + 1
-		case '\\':
-			if first := unit(i); utf16.IsSurrogate(first) {
-				if utf16.DecodeRune(first, unit(i+6)) == utf8.RuneError {
-					return 0
-				}
-				i += 6
-			}
-			i++ // whatever is escaped, a quote among it
-		}
-	}
 }
 
 // unquote returns what a valid JSON string says.

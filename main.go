@@ -1,42 +1,31 @@
-// Latchkey is an auth server: signup, login, refresh with rotation, logout, sessions and password change over
-// HTTP, with users in PostgreSQL and sessions in Redis.
+// Latchkey is an auth server: signup, login, refresh with rotation, logout, sessions and password change over HTTP,
+// with users in PostgreSQL and sessions in Redis.
 //
-// # Map
-//
-//	main.go        configuration, wiring, routes, subcommands, shutdown
+//	main.go        wiring, routes, shutdown, subcommands, configuration
 //	middleware.go  what every request passes; errors become responses here and nowhere else
 //	auth.go        the handlers: what they decide; password hashing
 //	jwt.go         HS256 tokens and strict JSON: pure functions
-//	store.go       users in PostgreSQL, sessions in Redis, the migrations of schema.sql
-//	ratelimit.go   limits on requests per IP and on failed logins, counted in Redis
+//	store.go       users in PostgreSQL, sessions in Redis (session.lua), the migrations of schema.sql
+//	ratelimit.go   limits on requests per IP and on failed logins, counted in Redis (ratelimit.lua)
 //
-// A request passes identify, observe, cors, rateLimit, the mux, refuseCrossOrigin and, where the route is an
-// account's, requireAuth. Its handler decodes, decides, and asks the store; any error it returns is written by
-// writeError. Calls go from main to auth to store, jwt and ratelimit, never back.
+// A request passes observe, cors, rateLimit, the mux, refuseCrossOrigin and, where the route is an account's, requireAuth.
+// Its handler decodes, decides and asks the store; what error it returns is written by writeError.
 //
-// # Tokens and sessions
+// A session is a Redis hash that names the one refresh token it honours. A refresh exchanges that for the next in one
+// Lua script: of any number of simultaneous ones a single one wins, on any number of replicas. An exchanged token shown
+// again is a race within the leeway, and after it theft, which ends the session. An access token names its session and is
+// refused once that is gone. Only logins make sessions, so nothing brings one back. A session is bound to a digest of
+// its password hash: a password changed by any means, plain SQL among them, ends it at its next refresh.
 //
-// A session is a Redis hash that names the one refresh token it honours. A refresh exchanges that token for
-// the next in one Lua script, so of any number of simultaneous ones a single one wins, on any number of
-// replicas. An exchanged token shown again is a race within the leeway, and theft after it, which ends the session.
-// Every access token names its session and is refused once that is gone, so a logout takes effect at once.
-// Only deleting makes a session end and only a login makes one, so no race brings back a revoked one.
-//
-// A session remembers a digest of the password hash it was opened with. A refresh under another hash ends it:
-// a password changed by any means, plain SQL among them, shuts out whoever held the old one.
-//
-// # Threats
-//
-//	guessing        bcrypt, a limit per account and IP and per account, no common passwords
-//	enumeration     login answers the same in the same time for unknown and known (signup must tell)
-//	stolen refresh  rotation, reuse detection, HttpOnly, SameSite, Path=/auth
-//	forged token    one algorithm, one header, one spelling; signature before anything is parsed
-//	CSRF            SameSite, and Origin and Sec-Fetch-Site are checked
-//	floods          per-IP limit in Redis; hashing in as many slots as processors; everything is bounded
+//	guessing        bcrypt; limits per account and IP, and per account; no common passwords
+//	enumeration     login answers the same, in the same time, for unknown and known (signup has to tell)
+//	stolen refresh  rotation, reuse detection; HttpOnly, SameSite, Path=/auth
+//	forged token    one algorithm, one header, one spelling; nothing is parsed before its signature
+//	CSRF            SameSite; Origin and Sec-Fetch-Site are checked
+//	floods          a limit per IP; hashing in as many slots as processors; everything is bounded
 //	outage          a store that does not answer means 503, never a request let through unchecked
 //
-// Not covered: a stolen access token works until its session ends or it expires; who controls Redis or
-// the database controls the sessions.
+// A stolen access token works until it expires or its session ends; who controls the stores controls the sessions.
 package main
 
 import (
@@ -57,7 +46,6 @@ import (
 	"path"
 	"runtime"
 	"runtime/debug"
-	rtmetrics "runtime/metrics"
 	"slices"
 	"strconv"
 	"strings"
@@ -67,7 +55,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
@@ -88,56 +75,35 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	env := &environment{getenv: getenv, dev: getenv("NODE_ENV") == "development"}
 	switch command := strings.Join(args, " "); command {
 	case "", "serve":
-		cfg := env.config()
-		if len(env.faults) > 0 {
-			return errors.Join(env.faults...)
+		if cfg := env.config(); len(env.faults) == 0 {
+			return serve(ctx, cfg, stdout)
 		}
-		return serve(ctx, cfg, stdout)
+		return errors.Join(env.faults...)
 	case "migrate", "migrate status":
 		database := env.database()
 		if len(env.faults) > 0 {
 			return errors.Join(env.faults...)
 		}
-		steps, err := migrateDatabase(ctx, database, command == "migrate")
+		steps, err := migrate(ctx, database.ConnConfig, schemaSQL, command == "migrate")
 		for _, step := range steps {
-			applied := "pending"
-			if !step.AppliedAt.IsZero() {
-				applied = step.AppliedAt.UTC().Format(time.RFC3339)
-			}
-			fmt.Fprintf(stdout, "%s  %-20s  %s\n", step.Version, applied, step.Name)
+			fmt.Fprintf(stdout, "%s  %-20s  %s\n", step.Version, step.Applied, step.Name)
 		}
 		return err
 	case "healthcheck": // asks the server on this host whether it is ready
 		client := http.Client{Timeout: 3 * time.Second}
 		resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/readyz", env.port()))
-		if err := errors.Join(append(env.faults, err)...); err != nil {
-			return err
+		if err == nil && resp.StatusCode != http.StatusOK {
+			err = errors.New(resp.Status)
 		}
-		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("not ready: %s", resp.Status)
-		}
-		return nil
+		return errors.Join(append(env.faults, err)...)
 	case "version":
 		build, _ := debug.ReadBuildInfo()
-		fmt.Fprintln(stdout, "latchkey", build.Main.Version, build.GoVersion)
-		return nil
+		_, err := fmt.Fprintln(stdout, "latchkey", build.Main.Version, build.GoVersion)
+		return err
 	default:
 		fmt.Fprintln(stderr, "usage: latchkey [serve | migrate | migrate status | healthcheck | version]")
 		return fmt.Errorf("unknown command %q", command)
 	}
-}
-
-// migrateDatabase connects and applies the migrations, or only looks at them.
-func migrateDatabase(ctx context.Context, database *pgxpool.Config, apply bool) ([]migration, error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	conn, err := pgx.ConnectConfig(ctx, database.ConnConfig)
-	if err != nil {
-		return nil, fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
-	return migrate(ctx, conn, schemaSQL, apply)
 }
 
 // processors is how many the process may use. Go lets a hashing goroutine keep its processor for 10 ms; with
@@ -156,7 +122,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	if cfg.randomSecrets {
 		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: random ones, sessions end with this process")
 	}
-	if _, err := migrateDatabase(ctx, cfg.database, true); err != nil {
+	if _, err := migrate(ctx, cfg.database.ConnConfig, schemaSQL, true); err != nil {
 		return err
 	}
 	db, err := pgxpool.NewWithConfig(context.WithoutCancel(ctx), cfg.database)
@@ -164,7 +130,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		return err
 	}
 	defer db.Close()
-	rdb := once{redis.NewUniversalClient(cfg.redis)}
+	rdb := redis.NewUniversalClient(cfg.redis)
 	defer rdb.Close()
 	var draining atomic.Bool
 	handler, metrics, err := newHandler(cfg, log, db, rdb, &draining)
@@ -174,7 +140,9 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 
 	failed := make(chan error, 2)
 	listen := func(variable, addr string, h http.Handler) *http.Server {
-		server := newServer(h, log)
+		server := &http.Server{Handler: h, DisableGeneralOptionsHandler: true, // "OPTIONS *" is answered like anything else
+			ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+			IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
 		listener, err := net.Listen("tcp", addr)
 		if err != nil {
 			failed <- fmt.Errorf("%s: %v", variable, err)
@@ -207,19 +175,6 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	return nil
 }
 
-func newServer(handler http.Handler, log *slog.Logger) *http.Server {
-	return &http.Server{
-		Handler:                      handler,
-		DisableGeneralOptionsHandler: true, // "OPTIONS *" is answered like anything else
-		ReadHeaderTimeout:            5 * time.Second,
-		ReadTimeout:                  10 * time.Second,
-		WriteTimeout:                 30 * time.Second,
-		IdleTimeout:                  2 * time.Minute,
-		MaxHeaderBytes:               16 << 10,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
-}
-
 // newLogger writes JSON lines, or text in development, with times in UTC.
 func newLogger(cfg config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
@@ -235,18 +190,17 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 }
 
 // newHandler wires the parts and lists all routes.
-func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draining *atomic.Bool) (http.Handler, *metrics, error) {
+func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb redis.UniversalClient, draining *atomic.Bool) (http.Handler, *metrics, error) {
 	hasher, err := newHasher(processors(), cfg.bcryptCost)
-	sameOrigin, originErr := refuseCrossOrigin(cfg.origins)
-	if err := errors.Join(err, originErr); err != nil {
+	if err != nil {
 		return nil, nil, err
 	}
-	store := &store{db, rdb, cfg.policy}
-	metrics := newMetrics(gauges(hasher, db, rdb))
-	a := &auth{store: store, logins: &limiter{rdb, cfg.loginMax, cfg.loginWindow}, hasher: hasher, access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL,
-		secureCookie: cfg.env != "development", sameSite: cfg.sameSite, metrics: metrics, log: log}
+	store, metrics := cfg.store, newMetrics(gauges(hasher, db, rdb))
+	store.db, store.rdb = db, rdb
+	a := &auth{store: &store, hasher: hasher, logins: &limiter{rdb, cfg.loginMax, cfg.loginWindow}, metrics: metrics, log: log,
+		access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL, secureCookie: cfg.env != "development", sameSite: cfg.sameSite}
 
-	mux, methods := http.NewServeMux(), map[string][]string{}
+	mux, methods, sameOrigin := http.NewServeMux(), map[string][]string{}, refuseCrossOrigin(cfg.origins)
 	route := func(method, path string, h http.Handler) {
 		mux.Handle(method+" "+path, sameOrigin(h))
 		methods[path] = append(methods[path], method)
@@ -262,9 +216,9 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draini
 	route("DELETE", "/auth/sessions/{id}", a.requireAuth(a.revokeSession))
 	route("PUT", "/auth/password", a.requireAuth(a.changePassword))
 	route("GET", "/healthz", handle(func(w http.ResponseWriter, _ *http.Request) error {
-		return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+		return reply(w, nil, body{"status": "ok"})
 	}))
-	route("GET", "/readyz", readiness(store, draining))
+	route("GET", "/readyz", readiness(&store, draining))
 	for path, allowed := range methods { // any other method: RFC 9110 section 15.5.6
 		if slices.Contains(allowed, "GET") {
 			allowed = append(allowed, "HEAD")
@@ -278,19 +232,15 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb once, draini
 	notFound := handle(func(http.ResponseWriter, *http.Request) error { return fail("not_found") })
 	mux.Handle("/", notFound)
 
-	var h http.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// The mux would redirect to another spelling of the path, or take it for this one.
-		if p := r.URL.Path; p == "" || p != path.Clean(p) || p != r.URL.EscapedPath() {
-			notFound.ServeHTTP(w, r)
-			return
+	asWritten := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if p := r.URL.Path; p != path.Clean("/"+p) || p != r.URL.EscapedPath() {
+			notFound.ServeHTTP(w, r) // the mux would redirect to another spelling of the path, or take it for this one
+		} else {
+			mux.ServeHTTP(w, r)
 		}
-		mux.ServeHTTP(w, r)
 	})
-	for _, wrap := range []func(http.Handler) http.Handler{ // the last is the outermost
-		rateLimit(&limiter{rdb, cfg.rateMax, cfg.rateWindow}, metrics), cors(cfg.origins), observe(log, metrics), identify(cfg.trustedProxies)} {
-		h = wrap(h)
-	}
-	return h, metrics, nil
+	limited := rateLimit(&limiter{rdb, cfg.rateMax, cfg.rateWindow}, metrics)(asWritten)
+	return observe(log, metrics, cfg.trustedProxies)(cors(cfg.origins)(limited)), metrics, nil
 }
 
 // readiness answers whether both stores do, and whether the process means to stay.
@@ -304,39 +254,27 @@ func readiness(s *store, draining *atomic.Bool) http.Handler {
 			w.Header().Set("Retry-After", "1")
 			aboutRequest(r).err = &apiError{code: "unavailable", cause: errors.Join(postgresErr, redisErr)}
 		}
-		return writeJSON(w, status, map[string]string{
-			"status": word[ready], "postgres": word[postgresErr == nil], "redis": word[redisErr == nil]})
+		return writeJSON(w, status, body{"status": word[ready], "postgres": word[postgresErr == nil], "redis": word[redisErr == nil]})
 	})
 }
 
 // gauges is what metrics reads when it is asked: hashing, connection pools, Go's runtime.
-func gauges(h *hasher, db *pgxpool.Pool, rdb once) map[string]func() float64 {
-	memory := func(name string) func() float64 {
-		return func() float64 {
-			sample := []rtmetrics.Sample{{Name: name}}
-			rtmetrics.Read(sample)
-			return float64(sample[0].Value.Uint64())
-		}
-	}
+func gauges(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) map[string]func() float64 {
 	return map[string]func() float64{
 		"latchkey_hashing_slots":                        func() float64 { return float64(cap(h.slots)) },
 		"latchkey_hashing_slots_in_use":                 func() float64 { return float64(len(h.slots)) },
 		"latchkey_hashing_waiting":                      func() float64 { return float64(h.waiting.Load()) },
 		"latchkey_hashing_refused_total":                func() float64 { return float64(h.refused.Load()) },
-		"latchkey_postgres_connections_max":             func() float64 { return float64(db.Stat().MaxConns()) },
+		`latchkey_postgres_connections{state="max"}`:    func() float64 { return float64(db.Stat().MaxConns()) },
 		`latchkey_postgres_connections{state="idle"}`:   func() float64 { return float64(db.Stat().IdleConns()) },
 		`latchkey_postgres_connections{state="in_use"}`: func() float64 { return float64(db.Stat().AcquiredConns()) },
 		`latchkey_redis_connections{state="idle"}`:      func() float64 { return float64(rdb.PoolStats().IdleConns) },
-		`latchkey_redis_connections{state="all"}`:       func() float64 { return float64(rdb.PoolStats().TotalConns) },
+		`latchkey_redis_connections{state="open"}`:      func() float64 { return float64(rdb.PoolStats().TotalConns) },
 		"latchkey_redis_pool_timeouts_total":            func() float64 { return float64(rdb.PoolStats().Timeouts) },
-		"go_goroutines":                                 memory("/sched/goroutines:goroutines"),
-		"go_gomaxprocs":                                 memory("/sched/gomaxprocs:threads"),
-		"go_memory_bytes":                               memory("/memory/classes/total:bytes"),
-		"go_gc_cycles_total":                            memory("/gc/cycles/total:gc-cycles"),
+		"go_goroutines":                                 func() float64 { return float64(runtime.NumGoroutine()) },
+		"go_memstats_sys_bytes":                         func() float64 { var m runtime.MemStats; runtime.ReadMemStats(&m); return float64(m.Sys) },
 	}
 }
-
-// ---- configuration
 
 // config is what the environment says, checked.
 type config struct {
@@ -345,7 +283,7 @@ type config struct {
 	accessTTL, shutdownTimeout                                   time.Duration
 	database                                                     *pgxpool.Config
 	redis                                                        *redis.UniversalOptions
-	policy                                                       policy
+	store                                                        store // but for its clients
 	access, refresh                                              keys
 	randomSecrets                                                bool
 	origins                                                      []string
@@ -365,21 +303,20 @@ func (e *environment) fault(name, format string, args ...any) {
 	e.faults = append(e.faults, fmt.Errorf(name+": "+format, args...))
 }
 
+// inDevelopment is what only development has a default for.
+var inDevelopment = map[string]string{"PORT": "3000", "DB_POOL_SIZE": "10", "FRONTEND_URL": "http://localhost:5173",
+	"DATABASE_URL": "postgres://localhost:5432/postgres", "REDIS_URL": "redis://localhost:6379"}
+
 // text returns a variable, its default where it is unset or empty; without a default it is required.
 func (e *environment) text(name, fallback string) string {
+	if fallback == "" && e.dev {
+		fallback = inDevelopment[name]
+	}
 	value := cmp.Or(e.getenv(name), fallback)
 	if value == "" {
 		e.fault(name, "is required")
 	}
 	return value
-}
-
-// inDev is a default that only development has.
-func (e *environment) inDev(fallback string) string {
-	if e.dev {
-		return fallback
-	}
-	return ""
 }
 
 // oneOf reads a word of a list; the first is the default.
@@ -410,16 +347,6 @@ func (e *environment) duration(name, fallback string, low, step time.Duration) t
 	return d
 }
 
-// list reads comma-separated items; parse returns false for one that is not like the example.
-func (e *environment) list(name, value, example string, parse func(item string) bool) {
-	for item := range strings.SplitSeq(value, ",") {
-		if value != "" && !parse(strings.TrimSpace(item)) {
-			e.fault(name, "must be a list such as %s, separated by commas", example)
-			return
-		}
-	}
-}
-
 // config reads all variables.
 func (e *environment) config() config {
 	c := config{
@@ -432,7 +359,7 @@ func (e *environment) config() config {
 		rateWindow:  e.integer("RATE_LIMIT_WINDOW", "60", 1, math.MaxInt32),
 		loginMax:    e.integer("LOGIN_LIMIT_MAX", "10", 0, math.MaxInt32),
 		loginWindow: e.integer("LOGIN_LIMIT_WINDOW", "900", 1, math.MaxInt32),
-		policy: policy{
+		store: store{
 			refreshTTL: e.duration("REFRESH_TOKEN_TTL", "168h", time.Second, time.Second),
 			sessionTTL: e.duration("SESSION_MAX_TTL", "720h", time.Second, time.Second),
 			leeway:     e.duration("REFRESH_REUSE_LEEWAY", "10s", 0, time.Millisecond),
@@ -440,46 +367,43 @@ func (e *environment) config() config {
 		},
 		sameSite: map[string]http.SameSite{"strict": http.SameSiteStrictMode, "lax": http.SameSiteLaxMode,
 			"none": http.SameSiteNoneMode}[e.oneOf("COOKIE_SAMESITE", "strict", "lax", "none")],
+		bcryptCost:      e.integer("BCRYPT_COST", "12", map[bool]int{true: 4, false: 12}[e.dev], 16),
 		metricsAddr:     e.getenv("METRICS_ADDR"),
 		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
 	}
 	e.secrets(&c)
-	e.list("FRONTEND_URL", e.text("FRONTEND_URL", e.inDev("http://localhost:5173")), "https://app.example.com", func(item string) bool {
-		origin, ok := parseOrigin(item)
-		c.origins = append(c.origins, origin)
-		return ok
-	})
-	e.list("TRUSTED_PROXIES", e.getenv("TRUSTED_PROXIES"), "10.0.0.0/8", func(item string) bool {
+	for item := range strings.SplitSeq(e.text("FRONTEND_URL", ""), ",") {
+		if origin, ok := parseOrigin(strings.TrimSpace(item)); ok {
+			c.origins = append(c.origins, origin)
+		} else if item != "" || len(c.origins) > 0 {
+			e.fault("FRONTEND_URL", "must be origins such as https://app.example.com, separated by commas")
+		}
+	}
+	for item := range strings.FieldsFuncSeq(e.getenv("TRUSTED_PROXIES"), func(r rune) bool { return r == ',' || r == ' ' }) {
 		prefix, err := netip.ParsePrefix(item)
+		if err != nil || prefix.Addr().Is4In6() {
+			e.fault("TRUSTED_PROXIES", "must be CIDRs such as 10.0.0.0/8, separated by commas")
+		}
 		c.trustedProxies = append(c.trustedProxies, prefix)
-		return err == nil && !prefix.Addr().Is4In6()
-	})
+	}
 	if c.sameSite == http.SameSiteNoneMode && e.dev {
 		e.fault("COOKIE_SAMESITE", "none needs a secure cookie, which development does not set")
 	}
-	lowest := 12
-	if e.dev {
-		lowest = 4
-	}
-	c.bcryptCost = e.integer("BCRYPT_COST", "12", lowest, 16)
 	if _, _, err := net.SplitHostPort(c.metricsAddr); c.metricsAddr != "" && err != nil {
 		e.fault("METRICS_ADDR", "must be host:port")
 	}
-	if err := c.logLevel.UnmarshalText([]byte(e.oneOf("LOG_LEVEL", "info", "debug", "warn", "error"))); err != nil {
-		c.logLevel = slog.LevelInfo // the fault is noted
-	}
+	_ = c.logLevel.UnmarshalText([]byte(e.oneOf("LOG_LEVEL", "info", "debug", "warn", "error"))) // oneOf notes a fault
 	return c
 }
 
-func (e *environment) port() int { return e.integer("PORT", e.inDev("3000"), 0, 65535) }
+func (e *environment) port() int { return e.integer("PORT", "", 0, 65535) }
 
 // database reads DATABASE_URL and DB_POOL_SIZE. Connections run in UTC, so that an adopted table's times without a
 // zone are read, and written, as UTC.
 func (e *environment) database() *pgxpool.Config {
-	value := e.text("DATABASE_URL", e.inDev("postgres://localhost:5432/postgres"))
-	size := e.integer("DB_POOL_SIZE", e.inDev("10"), 1, math.MaxInt32)
+	value, size := e.text("DATABASE_URL", ""), e.integer("DB_POOL_SIZE", "", 1, math.MaxInt32)
 	cfg, err := pgxpool.ParseConfig(value)
-	if err != nil || !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://") {
+	if err != nil || !strings.HasPrefix(value, "postgres") {
 		if value != "" {
 			e.fault("DATABASE_URL", "must be a PostgreSQL URL, postgres://user:password@host:port/database")
 		}
@@ -491,23 +415,18 @@ func (e *environment) database() *pgxpool.Config {
 	return cfg
 }
 
-// redis reads REDIS_URL. The client retries nothing; a call that is not answered in time has failed.
+// redis reads REDIS_URL. A call that is not answered in time has failed, and the client sends nothing a second time: what
+// counts or rotates may have been carried out although its answer was lost. (A cluster's moved slot is a 503, once.)
 func (e *environment) redis() *redis.UniversalOptions {
-	value := e.text("REDIS_URL", e.inDev("redis://localhost:6379"))
-	o := &redis.UniversalOptions{MaxRetries: -1, DialerRetries: 1, DialTimeout: redisTimeout, ReadTimeout: redisTimeout,
-		WriteTimeout: redisTimeout, PoolTimeout: redisTimeout, MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
-	u, err := url.Parse(value)
-	if err == nil && u.Query().Has("addr") {
-		var c *redis.ClusterOptions
-		if c, err = redis.ParseClusterURL(value); err == nil {
-			o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig
-		}
-	} else if c, parseErr := redis.ParseURL(value); parseErr == nil && u.Scheme != "unix" {
+	value := e.text("REDIS_URL", "")
+	o := &redis.UniversalOptions{MaxRetries: -1, MaxRedirects: -1, DialerRetries: 1, DialTimeout: redisTimeout, ReadTimeout: redisTimeout,
+		WriteTimeout: redisTimeout, PoolTimeout: redisTimeout,
+		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
+	if c, err := redis.ParseClusterURL(value); err == nil && len(c.Addrs) > 1 {
+		o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig
+	} else if c, err := redis.ParseURL(value); err == nil && c.Network == "tcp" {
 		o.Addrs, o.DB, o.Username, o.Password, o.TLSConfig = []string{c.Addr}, c.DB, c.Username, c.Password, c.TLSConfig
-	} else {
-		err = errors.New("no Redis URL")
-	}
-	if err != nil && value != "" {
+	} else if value != "" {
 		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, or rediss:// for TLS")
 	}
 	return o

@@ -1,7 +1,6 @@
 package main
 
-// middleware.go is what every request passes on its way to a handler, and the one place where an error
-// becomes a response.
+// middleware.go is what every request passes on its way to a handler, and where errors become responses.
 
 import (
 	"bytes"
@@ -25,8 +24,6 @@ import (
 	"time"
 )
 
-// ---- errors and responses
-
 // apiError is an error that the caller is told of. Its code decides status and message; cause is for the log.
 type apiError struct {
 	code       string
@@ -39,48 +36,42 @@ func (e *apiError) Error() string { return fmt.Sprintf("%s: %v", e.code, e.cause
 
 func fail(code string) error { return &apiError{code: code} }
 
-// responses says what a code is answered with.
+// responses says what a code is answered with, and which error of store.go or jwt.go it stands for.
 var responses = map[string]struct {
 	status  int
 	message string
+	err     error
 }{
-	"invalid_json":           {400, "Request body is not a valid JSON object"},
-	"validation_failed":      {400, "Validation failed"},
-	"email_exists":           {400, "Email already exists"},
-	"invalid_credentials":    {401, "Invalid credentials"},
-	"missing_token":          {401, "Authentication required"},
-	"token_expired":          {401, "Token has expired"},
-	"invalid_token":          {401, "Invalid token"},
-	"session_revoked":        {401, "Session has ended"},
-	"refresh_reused":         {401, "Refresh token has already been used"},
-	"cross_origin":           {403, "Cross-origin request refused"},
-	"not_found":              {404, "Not found"},
-	"user_not_found":         {404, "User not found"},
-	"session_not_found":      {404, "Session not found"},
-	"method_not_allowed":     {405, "Method not allowed"},
-	"body_too_large":         {413, "Request body is too large"},
-	"unsupported_media_type": {415, "Content-Type must be application/json"},
-	"rate_limited":           {429, "Too many requests"},
-	"too_many_attempts":      {429, "Too many failed attempts"},
-	"internal":               {500, "Internal server error"},
-	"unavailable":            {503, "Service temporarily unavailable"},
-	"overloaded":             {503, "Server is busy"},
+	"invalid_json":           {400, "Request body is not a valid JSON object", nil},
+	"validation_failed":      {400, "Validation failed", nil},
+	"email_exists":           {400, "Email already exists", errEmailExists},
+	"invalid_credentials":    {401, "Invalid credentials", nil},
+	"missing_token":          {401, "Authentication required", nil},
+	"token_expired":          {401, "Token has expired", errTokenExpired},
+	"invalid_token":          {401, "Invalid token", errTokenInvalid},
+	"session_revoked":        {401, "Session has ended", errEnded},
+	"refresh_reused":         {401, "Refresh token has already been used", errReused},
+	"cross_origin":           {403, "Cross-origin request refused", nil},
+	"not_found":              {404, "Not found", nil},
+	"user_not_found":         {404, "User not found", errNoUser},
+	"session_not_found":      {404, "Session not found", errNoSession},
+	"method_not_allowed":     {405, "Method not allowed", nil},
+	"body_too_large":         {413, "Request body is too large", nil},
+	"unsupported_media_type": {415, "Content-Type must be application/json", nil},
+	"rate_limited":           {429, "Too many requests", nil},
+	"too_many_attempts":      {429, "Too many failed attempts", nil},
+	"internal":               {500, "Internal server error", nil},
+	"unavailable":            {503, "Service temporarily unavailable", errUnavailable},
+	"overloaded":             {503, "Server is busy", nil},
 }
 
-// told says which code stands for an error of store.go or jwt.go; any other is internal.
-var told = map[error]string{
-	errTokenExpired: "token_expired", errTokenInvalid: "invalid_token", errEnded: "session_revoked",
-	errReused: "refresh_reused", errTheft: "refresh_reused", errUnavailable: "unavailable",
-	errNoUser: "user_not_found", errNoSession: "session_not_found", errEmailExists: "email_exists",
-}
-
-// writeError answers err. Nothing of it but the code, and what comes with that, reaches the caller.
+// writeError answers err: as its code says or, where it has none, as internal. Nothing else of it reaches the caller.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var e *apiError
 	if !errors.As(err, &e) {
 		e = &apiError{code: "internal", cause: err}
-		for known, code := range told {
-			if errors.Is(err, known) {
+		for code, response := range responses {
+			if response.err != nil && errors.Is(err, response.err) {
 				e.code = code
 			}
 		}
@@ -96,26 +87,35 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", seconds(e.retryAfter))
 	}
-	_ = writeJSON(w, response.status, struct {
-		Error      string            `json:"error"`
-		StatusCode int               `json:"statusCode"`
-		RequestID  string            `json:"requestId"`
-		Timestamp  string            `json:"timestamp"`
-		Code       string            `json:"code"`
-		Details    map[string]string `json:"details,omitempty"`
-	}{response.message, response.status, about.id, time.Now().UTC().Format(time.RFC3339), e.code, e.details})
+	told := body{"error": response.message, "statusCode": response.status, "requestId": about.id,
+		"timestamp": time.Now().UTC().Format(time.RFC3339), "code": e.code}
+	if e.details != nil {
+		told["details"] = e.details
+	}
+	_ = writeJSON(w, response.status, told)
 }
 
+// body is a JSON object to answer with.
+type body map[string]any
+
 // writeJSON encodes v before it writes the status: an answer is whole, or none and an error.
-func writeJSON(w http.ResponseWriter, status int, v any) error {
-	var body bytes.Buffer
-	if err := json.NewEncoder(&body).Encode(v); err != nil {
+func writeJSON(w http.ResponseWriter, status int, v body) error {
+	var encoded bytes.Buffer
+	if err := json.NewEncoder(&encoded).Encode(v); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
-	_, _ = w.Write(body.Bytes()) // a client that hung up is no error of ours
+	_, _ = w.Write(encoded.Bytes()) // a client that hung up is no error of ours
 	return nil
+}
+
+// reply answers 200 with v, or returns err if there is one.
+func reply(w http.ResponseWriter, err error, v body) error {
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, v)
 }
 
 // seconds rounds up to whole seconds, at least one: who comes back then is not early.
@@ -132,8 +132,6 @@ func handle(h func(http.ResponseWriter, *http.Request) error) http.Handler {
 	})
 }
 
-// ---- what is known of a request
-
 // about is what middleware and handlers note of a request, for each other and for the log.
 type about struct {
 	id     string
@@ -146,23 +144,6 @@ type about struct {
 type aboutKey struct{}
 
 func aboutRequest(r *http.Request) *about { return r.Context().Value(aboutKey{}).(*about) }
-
-// identify gives the request its id and its client IP, and the response the headers that all have. From here on
-// a client that hangs up cancels nothing: what has begun, a rotation say, is carried to its end, in bounded time.
-func identify(trusted []netip.Prefix) func(http.Handler) http.Handler {
-	return func(next http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			a := &about{id: r.Header.Get("X-Request-Id"), ip: clientIP(r.RemoteAddr, r.Header.Values("X-Forwarded-For"), trusted)}
-			if !isUUID(a.id) {
-				a.id = newUUID()
-			}
-			w.Header().Set("X-Request-Id", a.id)
-			w.Header().Set("Cache-Control", "no-store")
-			w.Header().Set("X-Content-Type-Options", "nosniff")
-			next.ServeHTTP(w, r.WithContext(context.WithValue(context.WithoutCancel(r.Context()), aboutKey{}, a)))
-		})
-	}
-}
 
 // newUUID returns a random UUID (RFC 9562 section 5.4).
 func newUUID() string {
@@ -192,8 +173,6 @@ func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Add
 	return ip
 }
 
-// ---- log, recover and metrics
-
 // recorder remembers the status of a response.
 type recorder struct {
 	http.ResponseWriter
@@ -207,11 +186,20 @@ func (rec *recorder) WriteHeader(status int) {
 
 func (rec *recorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
 
-// observe logs the request, counts it, and answers a panic in what follows with a 500.
-func observe(log *slog.Logger, m *metrics) func(http.Handler) http.Handler {
+// observe gives the request its id and its client IP, logs and counts it, and answers a panic in what follows with a
+// 500. From here on a client that hangs up cancels nothing: what has begun is carried to its end, in bounded time.
+func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			start, rec, a := time.Now(), &recorder{w, http.StatusOK}, aboutRequest(r)
+			start, rec := time.Now(), &recorder{w, http.StatusOK}
+			a := &about{id: r.Header.Get("X-Request-Id"), ip: clientIP(r.RemoteAddr, r.Header.Values("X-Forwarded-For"), trusted)}
+			if !isUUID(a.id) {
+				a.id = newUUID()
+			}
+			r = r.WithContext(context.WithValue(context.WithoutCancel(r.Context()), aboutKey{}, a))
+			w.Header().Set("X-Request-Id", a.id)
+			w.Header().Set("Cache-Control", "no-store")
+			w.Header().Set("X-Content-Type-Options", "nosniff")
 			defer func() {
 				if p := recover(); p != nil {
 					writeError(rec, r, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
@@ -234,27 +222,22 @@ func observe(log *slog.Logger, m *metrics) func(http.Handler) http.Handler {
 	}
 }
 
-// ---- browsers
-
 // cors lets scripts of the listed origins read responses (Fetch standard, "CORS protocol"), and answers preflights.
 func cors(origins []string) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			h, origin := w.Header(), r.Header.Get("Origin")
-			listed := slices.Contains(origins, origin)
 			preflight := r.Method == http.MethodOptions && origin != "" && r.Header.Get("Access-Control-Request-Method") != ""
 			h.Set("Vary", "Origin")
-			if listed {
+			if slices.Contains(origins, origin) {
 				h.Set("Access-Control-Allow-Origin", origin)
 				h.Set("Access-Control-Allow-Credentials", "true")
-			}
-			switch {
-			case listed && preflight:
-				h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE")
-				h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
-				h.Set("Access-Control-Max-Age", "600")
-			case listed:
 				h.Set("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, RateLimit, RateLimit-Policy")
+				if preflight {
+					h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE")
+					h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
+					h.Set("Access-Control-Max-Age", "600")
+				}
 			}
 			if preflight {
 				w.WriteHeader(http.StatusNoContent)
@@ -267,12 +250,10 @@ func cors(origins []string) func(http.Handler) http.Handler {
 
 // refuseCrossOrigin keeps the pages of other sites from acting with the user's cookie. The standard library's check
 // takes Sec-Fetch-Site's word where there is one; here an Origin has to be listed or the server's own as well.
-func refuseCrossOrigin(origins []string) (func(http.Handler) http.Handler, error) {
+func refuseCrossOrigin(origins []string) func(http.Handler) http.Handler {
 	protection := http.NewCrossOriginProtection()
 	for _, origin := range origins {
-		if err := protection.AddTrustedOrigin(origin); err != nil {
-			return nil, err
-		}
+		_ = protection.AddTrustedOrigin(origin) // one that it does not take is not trusted
 	}
 	return func(next http.Handler) http.Handler {
 		return handle(func(w http.ResponseWriter, r *http.Request) error {
@@ -285,36 +266,30 @@ func refuseCrossOrigin(origins []string) (func(http.Handler) http.Handler, error
 			next.ServeHTTP(w, r)
 			return nil
 		})
-	}, nil
+	}
 }
-
-// ---- rate limit
 
 // rateLimit counts every request but those of the health routes (draft-ietf-httpapi-ratelimit-headers).
 func rateLimit(l *limiter, m *metrics) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return handle(func(w http.ResponseWriter, r *http.Request) error {
-			if l.max == 0 || r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
-				next.ServeHTTP(w, r)
-				return nil
-			}
-			left, reset, err := l.request(r.Context(), aboutRequest(r).ip)
-			if err != nil {
-				return fmt.Errorf("%w: rate limit: %v", errUnavailable, err)
-			}
-			w.Header().Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.window))
-			w.Header().Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
-			if left < 0 {
-				m.add("latchkey_rate_limited_total", 1)
-				return &apiError{code: "rate_limited", retryAfter: reset}
+			if l.max > 0 && r.URL.Path != "/healthz" && r.URL.Path != "/readyz" {
+				left, reset, err := l.request(r.Context(), aboutRequest(r).ip)
+				if err != nil {
+					return redisError("rate limit", err)
+				}
+				w.Header().Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.window))
+				w.Header().Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
+				if left < 0 {
+					m.add("latchkey_rate_limited_total", 1)
+					return &apiError{code: "rate_limited", retryAfter: reset}
+				}
 			}
 			next.ServeHTTP(w, r)
 			return nil
 		})
 	}
 }
-
-// ---- metrics
 
 // metrics counts in memory and writes the Prometheus text format. Series are named as they are written there.
 type metrics struct {
@@ -345,18 +320,12 @@ func (m *metrics) observe(method, route string, status int, took time.Duration) 
 		method = "other"
 	}
 	m.add(fmt.Sprintf(`latchkey_http_requests_total{route=%q,method=%q,status="%d"}`, route, method, status), 1)
-	histogram := func(part, bound string, n float64) {
-		m.add(fmt.Sprintf("latchkey_http_request_duration_seconds_%s{route=%q%s}", part, route, bound), n)
+	const duration = "latchkey_http_request_duration_seconds"
+	for _, bound := range durationBuckets { // each counts all that is up to its bound
+		m.add(fmt.Sprintf(`%s_bucket{route=%q,le="%v"}`, duration, route, bound), map[bool]float64{true: 1}[took.Seconds() <= bound])
 	}
-	for _, bound := range durationBuckets { // cumulative
-		n := 0.0
-		if took.Seconds() <= bound {
-			n = 1
-		}
-		histogram("bucket", fmt.Sprintf(`,le="%v"`, bound), n)
-	}
-	histogram("sum", "", took.Seconds())
-	histogram("count", "", 1)
+	m.add(fmt.Sprintf("%s_sum{route=%q}", duration, route), took.Seconds())
+	m.add(fmt.Sprintf("%s_count{route=%q}", duration, route), 1)
 }
 
 // ServeHTTP writes all series, sorted, those of a family under one TYPE line.
@@ -368,21 +337,19 @@ func (m *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 		all[series] = read()
 	}
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	family, kind := "", ""
+	family := ""
 	for _, series := range slices.Sorted(maps.Keys(all)) {
 		name, _, _ := strings.Cut(series, "{")
 		base, _, histogram := strings.Cut(name, "_seconds_")
+		kind := "gauge"
 		if histogram {
-			name = base + "_seconds"
+			name, kind = base+"_seconds", "histogram"
+		} else if strings.HasSuffix(name, "_total") {
+			kind = "counter"
 		}
 		if name != family {
-			family, kind = name, "gauge"
-			if histogram {
-				kind = "histogram"
-			} else if strings.HasSuffix(name, "_total") {
-				kind = "counter"
-			}
-			fmt.Fprintf(w, "# TYPE %s %s\n", family, kind)
+			family = name
+			fmt.Fprintf(w, "# TYPE %s %s\n", name, kind)
 		}
 		fmt.Fprintf(w, "%s %v\n", series, all[series])
 	}

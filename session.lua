@@ -1,72 +1,78 @@
--- What is done to sessions in Redis: each script is atomic, on one hash slot, in one round trip. Every script is sent
--- with this head: Redis' own clock in milliseconds, one clock for all replicas; and kill(token, exp), which puts a
--- refresh token on the blacklist, with the time it died, until it would have expired. The key is made from the
--- session's, so it is in the same slot.
+-- What is done to a session in Redis: each call is atomic, on one hash slot, in one round trip.
+-- ARGV: what to do, then as said below. KEYS: the session's hash; other keys are made from it, in the same slot.
+
+-- Redis' own clock: one for all replicas. Milliseconds; at in seconds.
 local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local at = math.floor(now / 1000)
-local function kill(token, exp)
-  redis.call('SET', string.gsub(KEYS[1], '^session', 'blacklist') .. ':' .. token, now, 'EXAT', exp)
+local at, now = tonumber(time[1]), time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- KEYS: not a session but the user's index of them. ARGV: session id, seconds until it expires. Enters the session,
+-- drops what has expired and keeps the index as long as the longest. Returns now.
+if ARGV[1] == 'index' then
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', at)
+  redis.call('ZADD', KEYS[1], at + ARGV[3], ARGV[2])
+  redis.call('EXPIREAT', KEYS[1], redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2])
+  return now
 end
 
--- script: index
--- KEYS: user-sessions. ARGV: session id, seconds until it expires.
--- Enters the session in its user's index, drops what has expired from it and keeps it as long as the longest.
--- Returns now.
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', at)
-redis.call('ZADD', KEYS[1], at + ARGV[2], ARGV[1])
-redis.call('EXPIREAT', KEYS[1], redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2])
-return now
+-- ARGV: user, token, now, iat, exp, ip, user agent, digest of the password hash.
+if ARGV[1] == 'start' then
+  redis.call('HSET', KEYS[1], 'user', ARGV[2], 'token', ARGV[3], 'created', ARGV[4], 'used', ARGV[4],
+    'iat', ARGV[5], 'exp', ARGV[6], 'ip', ARGV[7], 'agent', ARGV[8], 'password', ARGV[9])
+  return redis.call('EXPIREAT', KEYS[1], ARGV[6])
+end
 
--- script: start
--- KEYS: session. ARGV: user, token, now, iat, exp, ip, user agent, digest of the password hash.
-redis.call('HSET', KEYS[1], 'user', ARGV[1], 'token', ARGV[2], 'created', ARGV[3], 'used', ARGV[3],
-  'iat', ARGV[4], 'exp', ARGV[5], 'ip', ARGV[6], 'agent', ARGV[7], 'password', ARGV[8])
-return redis.call('EXPIREAT', KEYS[1], ARGV[5])
+-- The rest is about a session that is there and, ARGV: user, that user's.
+local s = {}
+local fields = redis.call('HGETALL', KEYS[1])
+for i = 1, #fields, 2 do s[fields[i]] = fields[i + 1] end
+if s.user ~= ARGV[2] then return {} end
 
--- script: rotate
--- KEYS: session, blacklist entry of the token shown. ARGV: user, token shown, next token, digest of the password hash,
--- seconds of a refresh token, seconds of a session, leeway in ms, '1' to resend, ip, user agent.
--- Returns what came of it and, where there is one, the session's token with its iat and exp.
+-- Returns what its owner may see of it.
+if ARGV[1] == 'read' then
+  return {s.created, s.used, s.ip, s.agent}
+end
+
+-- ARGV: digest that it must be bound to or '', digests that it shall be bound to as well. The last eight are kept, all
+-- of one password: a refresh that read PostgreSQL before two rehashes goes on.
+if ARGV[1] == 'rebind' then
+  if string.find(s.password, ARGV[3], 1, true) then
+    redis.call('HSET', KEYS[1], 'password', string.sub(s.password .. ' ' .. ARGV[4], -8 * 17 + 1))
+  end
+  return {}
+end
+
+-- The blacklist remembers a dead refresh token, with the time it died, until it would have expired.
+local function blacklist(token) return string.gsub(KEYS[1], '^session', 'blacklist') .. ':' .. token end
+local function kill() redis.call('SET', blacklist(s.token), now, 'EXAT', s.exp) end
+local function finish(outcome)
+  kill()
+  redis.call('DEL', KEYS[1])
+  return {outcome}
+end
+
+-- Ends it.
+if ARGV[1] == 'revoke' then
+  return finish('revoked')
+end
+
+-- 'rotate'. ARGV: token shown, next token, digest of the password hash, seconds of a refresh token, seconds of a
+-- session, leeway in ms, '1' to resend, ip, user agent. Returns what came of it and, where there is one, the session's
+-- token with its iat and exp.
 --
 -- The session alone says which token is alive, so a lost blacklist entry revives nothing. The entry, else the
 -- session's memory of its last exchange, says when a dead one was exchanged.
-local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'iat', 'exp', 'created', 'password', 'previous', 'exchanged')
-if s[1] ~= ARGV[1] then return {'gone'} end
-local token, iat, exp = s[2], tonumber(s[3]), tonumber(s[4])
-local bound = string.find(s[6], ARGV[4], 1, true)
-
-if token ~= ARGV[2] then
-  local exchanged = redis.call('GET', KEYS[2]) or (s[7] == ARGV[2] and s[8])
-  if not exchanged or now - exchanged > tonumber(ARGV[7]) then
-    kill(token, exp)
-    redis.call('DEL', KEYS[1])
-    return {'theft'}
-  end
-  if ARGV[8] ~= '1' or s[7] ~= ARGV[2] then return {'reused'} end
-  if bound then return {'resent', token, iat, exp} end
+local bound = string.find(s.password, ARGV[5], 1, true)
+if s.token ~= ARGV[3] then
+  local last = s.previous == ARGV[3]
+  local exchanged = redis.call('GET', blacklist(ARGV[3])) or (last and s.exchanged)
+  if not exchanged or now - exchanged > tonumber(ARGV[8]) then return finish('theft') end
+  if ARGV[9] ~= '1' or not last then return {'reused'} end
+  if bound then return {'resent', s.token, s.iat, s.exp} end
 end
-
-local till = math.min(at + ARGV[5], math.floor(s[5] / 1000) + ARGV[6])
-kill(token, exp)
-if not bound or till <= at then
-  redis.call('DEL', KEYS[1])
-  return {'gone'}
-end
-redis.call('HSET', KEYS[1], 'token', ARGV[3], 'iat', at, 'exp', till, 'used', now,
-  'previous', token, 'exchanged', now, 'ip', ARGV[9], 'agent', ARGV[10])
+local till = math.min(at + ARGV[6], math.floor(s.created / 1000) + ARGV[7])
+if not bound or till <= at then return finish('ended') end
+kill()
+redis.call('HSET', KEYS[1], 'token', ARGV[4], 'iat', at, 'exp', till, 'used', now,
+  'previous', s.token, 'exchanged', now, 'ip', ARGV[10], 'agent', ARGV[11])
 redis.call('EXPIREAT', KEYS[1], till)
-return {'rotated', ARGV[3], at, till}
-
--- script: revoke
--- KEYS: session. ARGV: user. Ends the session if it is that user's; returns 1 if so.
-local s = redis.call('HMGET', KEYS[1], 'user', 'token', 'exp')
-if s[1] ~= ARGV[1] then return 0 end
-kill(s[2], s[3])
-return redis.call('DEL', KEYS[1])
-
--- script: rebind
--- KEYS: session. ARGV: user, digest that it must be bound to or '', digests that it shall be bound to.
-local s = redis.call('HMGET', KEYS[1], 'user', 'password')
-if s[1] ~= ARGV[1] or not string.find(s[2], ARGV[2], 1, true) then return 0 end
-return redis.call('HSET', KEYS[1], 'password', ARGV[3])
+return {'rotated', ARGV[4], tostring(at), tostring(till)}

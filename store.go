@@ -10,6 +10,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,7 +24,7 @@ import (
 
 const (
 	postgresTimeout = 1500 * time.Millisecond // of one operation
-	redisTimeout    = 400 * time.Millisecond  // of each: connecting, sending, waiting for the answer
+	redisTimeout    = 800 * time.Millisecond  // of each: connecting, sending, waiting for the answer
 )
 
 var (
@@ -34,7 +35,7 @@ var (
 	errNoSession   = errors.New("no such session")
 	errEnded       = errors.New("the token's session has ended")
 	errReused      = errors.New("refresh token already exchanged")
-	errTheft       = errors.New("refresh token already exchanged, before the leeway")
+	errTheft       = fmt.Errorf("%w, and longer ago than the leeway", errReused)
 )
 
 // timestamp is a time that is written as JavaScript writes it: RFC 3339 in UTC with milliseconds.
@@ -70,34 +71,12 @@ type session struct {
 	Current    bool      `json:"current"`
 }
 
-// policy is how long sessions and their refresh tokens live, and how a token shown again is met.
-type policy struct {
-	refreshTTL, sessionTTL, leeway time.Duration
-	resend                         bool
-}
-
+// store keeps both; refreshTTL and sessionTTL are in whole seconds.
 type store struct {
-	db     *pgxpool.Pool
-	rdb    once
-	policy policy
-}
-
-// once is a Redis client that sends no script a second time: one that counts or rotates may have been carried out
-// although its answer was lost. MaxRetries does not say that to a cluster client.
-type once struct{ redis.UniversalClient }
-
-type onceCmd struct{ *redis.Cmd }
-
-func (onceCmd) NoRetry() bool { return true }
-
-func (o once) EvalSha(ctx context.Context, sha1 string, keys []string, args ...any) *redis.Cmd {
-	words := []any{"evalsha", sha1, len(keys)}
-	for _, key := range keys {
-		words = append(words, key)
-	}
-	cmd := redis.NewCmd(ctx, append(words, args...)...)
-	_ = o.Process(ctx, onceCmd{cmd}) // the command keeps its error
-	return cmd
+	db                             *pgxpool.Pool
+	rdb                            redis.UniversalClient
+	refreshTTL, sessionTTL, leeway time.Duration
+	resend                         bool // the successor of a token shown again within the leeway
 }
 
 // ready returns what keeps PostgreSQL and Redis from answering, nil for either that answers.
@@ -107,9 +86,8 @@ func (s *store) ready(ctx context.Context) (postgres, redis error) {
 	return s.db.Ping(pctx), s.rdb.Ping(ctx).Err()
 }
 
-// postgresError names the operation and tells an outage from a fault: no answer, and the SQLSTATE classes of lost
-// connections, exhausted resources, shutdown and a primary become a standby, are errUnavailable. This file's own
-// errors stay as they are.
+// postgresError names the operation. No answer is errUnavailable, and so are the SQLSTATE classes of lost connections,
+// exhausted resources, shutdown, and a primary become a standby; any other is a fault. This file's own errors pass.
 func postgresError(operation string, err error) error {
 	var pg *pgconn.PgError
 	switch {
@@ -121,34 +99,35 @@ func postgresError(operation string, err error) error {
 	return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
 }
 
-// redisError names the operation; whatever Redis fails at is errUnavailable.
+// cannotServe is what Redis replies when it is there but of no use just now.
+var cannotServe = regexp.MustCompile(`^(LOADING|BUSY|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|MOVED|ASK|ERR max number of clients)`)
+
+// redisError names the operation. No answer, or one that is cannotServe, is errUnavailable; any other is a fault.
 func redisError(operation string, err error) error {
-	if err == nil {
-		return nil
+	var reply redis.Error
+	switch {
+	case err == nil, errors.Is(err, errUnavailable):
+		return err
+	case errors.As(err, &reply) && !cannotServe.MatchString(reply.Error()):
+		return fmt.Errorf("redis: %s: %v", operation, err)
 	}
 	return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
 }
 
-// ---- users
+// How a user is found: by id, or by address in whatever case the row has it, given lower-cased as the index is.
+const (
+	byID    = `id = $1::uuid`
+	byEmail = `lower(email COLLATE "C") = $1`
+)
 
-// userByEmail returns the user with that address, in whatever case the row has it, or errNoUser. email is
-// lower-cased in ASCII, as the index is.
-func (s *store) userByEmail(ctx context.Context, email string) (user, error) {
-	if strings.ContainsRune(email, 0) {
-		return user{}, errNoUser // PostgreSQL has no such text
-	}
-	return s.findUser(ctx, `lower(email COLLATE "C") = $1`, email)
-}
-
-// userByID returns the user with that id, or errNoUser.
-func (s *store) userByID(ctx context.Context, id string) (user, error) {
-	return s.findUser(ctx, `id = $1::uuid`, id)
-}
-
-func (s *store) findUser(ctx context.Context, where, arg string) (u user, err error) {
+// findUser returns the user, or errNoUser.
+func (s *store) findUser(ctx context.Context, by, key string) (u user, err error) {
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
-	err = s.db.QueryRow(ctx, `SELECT id::text, email, password_hash, created_at FROM users WHERE `+where, arg).
+	if strings.ContainsRune(key, 0) {
+		return user{}, errNoUser // PostgreSQL has no such text
+	}
+	err = s.db.QueryRow(ctx, `SELECT id::text, email, password_hash, created_at FROM users WHERE `+by, key).
 		Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt.Time)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return user{}, errNoUser
@@ -163,8 +142,7 @@ func (s *store) inTx(ctx context.Context, operation string, fn func(context.Cont
 	return postgresError(operation, pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error { return fn(ctx, tx) }))
 }
 
-// createUser inserts the user and opens its first session; without the session there is no user either.
-// errEmailExists where the address is taken.
+// createUser inserts the user and opens its first session: both or neither. errEmailExists if the address is taken.
 func (s *store) createUser(ctx context.Context, email, hash, sid, jti string, from device) (u user, g grant, err error) {
 	err = s.inTx(ctx, "create user", func(ctx context.Context, tx pgx.Tx) error {
 		u = user{PasswordHash: hash}
@@ -206,31 +184,24 @@ func (s *store) openSession(ctx context.Context, u user, sid, jti string, from d
 	return grant{}, postgresError("read password hash", err)
 }
 
-// changePassword replaces the hash of u and revokes all its sessions but sid, which goes on under either hash,
-// whichever PostgreSQL will have. If a store fails on the way, the password stays as it was.
-func (s *store) changePassword(ctx context.Context, u user, hash, sid string) error {
-	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
-		if _, err := s.runEach(ctx, sessionScripts["rebind"], []string{sid}, u.ID, "", digest(u.PasswordHash)+" "+digest(hash)); err != nil {
-			return err
+// replaceHash replaces the password hash of u. Session sid goes on and all others are revoked; without sid those that
+// were bound to the old hash go on. If a store fails on the way, the password stays as it was.
+func (s *store) replaceHash(ctx context.Context, u user, hash, sid string) error {
+	return s.alter(ctx, u, func(ctx context.Context) error {
+		old := digest(u.PasswordHash)
+		bound, sids, err := "", []string{sid}, error(nil)
+		if sid == "" {
+			bound = old
+			sids, err = s.sessionIDs(ctx, u.ID)
 		}
-		return s.revokeAll(ctx, u.ID, sid, sid)
-	})
-}
-
-// rehash replaces the hash of u by another of the same password; the sessions bound to the old one go on.
-func (s *store) rehash(ctx context.Context, u user, hash string) error {
-	return s.replaceHash(ctx, u, hash, func(ctx context.Context) error {
-		sids, err := s.rdb.ZRange(ctx, indexKey(u.ID), 0, -1).Result()
 		if err == nil {
-			_, err = s.runEach(ctx, sessionScripts["rebind"], sids, u.ID, digest(u.PasswordHash), digest(u.PasswordHash)+" "+digest(hash))
+			_, err = s.runEach(ctx, "rebind", sids, u.ID, bound, old+" "+digest(hash))
 		}
-		return redisError("rehash", err)
-	})
-}
-
-func (s *store) replaceHash(ctx context.Context, u user, hash string, sessions func(context.Context) error) error {
-	return s.alter(ctx, u, sessions,
-		`UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
+		if err == nil && sid != "" {
+			err = s.revokeAll(ctx, u.ID, sid, sid)
+		}
+		return err
+	}, `UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
 }
 
 // deleteUser deletes the row and revokes all sessions.
@@ -239,8 +210,7 @@ func (s *store) deleteUser(ctx context.Context, u user, sid string) error {
 		`DELETE FROM users WHERE id = $1::uuid AND password_hash = $2`)
 }
 
-// alter runs sql on the row of u and then, with the row locked and the change not yet visible, sessions. errStale
-// where the hash is no longer u.PasswordHash.
+// alter runs sql on u's row, errStale if its hash has changed; then, with the row locked and nothing visible, sessions.
 func (s *store) alter(ctx context.Context, u user, sessions func(context.Context) error, sql string, args ...any) error {
 	return s.inTx(ctx, "alter user", func(ctx context.Context, tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, sql, append([]any{u.ID, u.PasswordHash}, args...)...)
@@ -254,20 +224,10 @@ func (s *store) alter(ctx context.Context, u user, sessions func(context.Context
 	})
 }
 
-// ---- sessions
-
 //go:embed session.lua
 var sessionLua string
 
-// sessionScripts is session.lua by script, each with what stands before the first.
-var sessionScripts = func() map[string]*redis.Script {
-	scripts, parts := map[string]*redis.Script{}, strings.Split(sessionLua, "\n-- script: ")
-	for _, part := range parts[1:] {
-		name, lua, _ := strings.Cut(part, "\n")
-		scripts[name] = redis.NewScript(parts[0] + lua)
-	}
-	return scripts
-}()
+var sessionScript = redis.NewScript(sessionLua)
 
 func sessionKey(sid string) string { return "session:{" + sid + "}" }
 func indexKey(uid string) string   { return "user-sessions:{" + uid + "}" }
@@ -281,43 +241,42 @@ func digest(hash string) string {
 // startSession writes the session and returns its first refresh token. It is in the index before it lives, so who
 // revokes all of a user's sessions misses none.
 func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
-	ttl := int64(min(s.policy.refreshTTL, s.policy.sessionTTL) / time.Second)
-	now, err := sessionScripts["index"].Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, ttl).Int64()
+	ttl := int64(min(s.refreshTTL, s.sessionTTL) / time.Second)
+	now, err := sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, ttl).Int64()
 	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
 	if err == nil {
-		err = sessionScripts["start"].Run(ctx, s.rdb, []string{sessionKey(sid)}, u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
+		err = sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, "start", u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
 			from.IP, from.UserAgent, digest(u.PasswordHash)).Err()
 	}
 	return g, redisError("start session", err)
 }
 
-// rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session
-// honours now; errReused or, past the leeway, errTheft for one that was already exchanged; errEnded where there
-// is no session, or none any more as u's password hash is not the one it is bound to.
+// rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session now
+// honours; errReused or, past the leeway, errTheft for one that was exchanged before; errEnded if the session is over.
 func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
-	reply, err := sessionScripts["rotate"].Run(ctx, s.rdb, []string{sessionKey(sid), "blacklist:{" + sid + "}:" + jti}, u.ID, jti, next,
-		digest(u.PasswordHash), int64(s.policy.refreshTTL/time.Second), int64(s.policy.sessionTTL/time.Second),
-		s.policy.leeway.Milliseconds(), s.policy.resend, from.IP, from.UserAgent).Slice()
+	reply, err := sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, "rotate", u.ID, jti, next, digest(u.PasswordHash),
+		int64(s.refreshTTL/time.Second), int64(s.sessionTTL/time.Second), s.leeway.Milliseconds(),
+		s.resend, from.IP, from.UserAgent).StringSlice()
 	if err != nil {
 		return grant{}, redisError("rotate", err)
 	}
-	switch reply[0] {
-	case "gone":
+	switch outcome := strings.Join(reply, " "); outcome {
+	case "", "ended":
 		return grant{}, errEnded
 	case "reused":
 		return grant{}, errReused
 	case "theft":
 		return grant{}, errTheft
+	default:
+		g := grant{SessionID: sid}
+		if _, err := fmt.Sscan(outcome, &outcome, &g.TokenID, &g.IssuedAt, &g.ExpiresAt); err != nil {
+			return grant{}, fmt.Errorf("rotate: unexpected reply %q", reply)
+		}
+		// The token is exchanged, come what may: an index that cannot be written now is written by the next refresh.
+		_ = sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, g.ExpiresAt-g.IssuedAt).Err()
+		g.Resent = outcome == "resent"
+		return g, nil
 	}
-	token, isText := reply[1].(string)
-	iat, isTime := reply[2].(int64)
-	exp, isTimeToo := reply[3].(int64)
-	if !isText || !isTime || !isTimeToo {
-		return grant{}, fmt.Errorf("rotate: unexpected reply %v", reply)
-	}
-	// The token is exchanged, come what may: an index that cannot be written now is written by the next refresh.
-	_ = sessionScripts["index"].Run(ctx, s.rdb, []string{indexKey(u.ID)}, sid, exp-iat).Err()
-	return grant{SessionID: sid, TokenID: token, IssuedAt: iat, ExpiresAt: exp, Resent: reply[0] == "resent"}, nil
 }
 
 // isLive returns errEnded if the session is not there or not the user's.
@@ -329,30 +288,27 @@ func (s *store) isLive(ctx context.Context, uid, sid string) error {
 	return redisError("find session", err)
 }
 
+// sessionIDs returns the ids in the user's index; some may have ended.
+func (s *store) sessionIDs(ctx context.Context, uid string) ([]string, error) {
+	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
+	return sids, redisError("list sessions", err)
+}
+
 // sessions returns the user's living sessions, newest use first.
 func (s *store) sessions(ctx context.Context, uid, current string) ([]session, error) {
-	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
+	sids, err := s.sessionIDs(ctx, uid)
 	if err != nil {
-		return nil, redisError("list sessions", err)
+		return nil, err
 	}
-	replies, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
-		for _, sid := range sids {
-			pipe.HMGet(ctx, sessionKey(sid), "user", "created", "used", "ip", "agent")
-		}
-		return nil
-	})
+	replies, err := s.runEach(ctx, "read", sids, uid)
 	living := []session{}
-	for i, reply := range replies {
-		var f [5]string
-		for j, v := range reply.(*redis.SliceCmd).Val() {
-			f[j], _ = v.(string) // nil where the session has ended
-		}
-		if f[0] == uid {
-			living = append(living, session{sids[i], milliseconds(f[1]), milliseconds(f[2]), f[3], f[4], sids[i] == current})
+	for i, f := range replies {
+		if len(f) == 4 { // created, used, ip, agent
+			living = append(living, session{sids[i], milliseconds(f[0]), milliseconds(f[1]), f[2], f[3], sids[i] == current})
 		}
 	}
 	slices.SortStableFunc(living, func(a, b session) int { return b.LastUsedAt.Compare(a.LastUsedAt.Time) })
-	return living, redisError("read sessions", err)
+	return living, err
 }
 
 func milliseconds(s string) timestamp {
@@ -360,16 +316,15 @@ func milliseconds(s string) timestamp {
 	return timestamp{time.UnixMilli(ms)}
 }
 
-// revoke ends those of the sessions that are there and the user's: for good, as nothing brings back a session that is
-// not there. errNoSession where that is none of them.
+// revoke ends those of the sessions that are there and the user's, for good; errNoSession if none is.
 func (s *store) revoke(ctx context.Context, uid string, sids ...string) error {
-	replies, err := s.runEach(ctx, sessionScripts["revoke"], sids, uid)
+	replies, err := s.runEach(ctx, "revoke", sids, uid)
 	if err != nil {
 		return err
 	}
 	var ended []any // an id without a session stays in the index until its time: that session may be about to start
 	for i, reply := range replies {
-		if n, _ := reply.(*redis.Cmd).Int(); n == 1 {
+		if len(reply) > 0 {
 			ended = append(ended, sids[i])
 		}
 	}
@@ -381,38 +336,36 @@ func (s *store) revoke(ctx context.Context, uid string, sids ...string) error {
 
 // revokeAll ends the user's sessions but keep, if given, and sid among them even if the index has lost it.
 func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
-	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
-	if err != nil {
-		return redisError("list sessions", err)
+	sids, err := s.sessionIDs(ctx, uid)
+	if err == nil {
+		err = s.revoke(ctx, uid, slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })...)
 	}
-	err = s.revoke(ctx, uid, slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })...)
 	if errors.Is(err, errNoSession) {
 		return nil
 	}
 	return err
 }
 
-// runEach runs the script on each of the sessions, in one round trip.
-func (s *store) runEach(ctx context.Context, script *redis.Script, sids []string, args ...any) ([]redis.Cmder, error) {
-	replies, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+// runEach runs the script on each of the sessions, in one round trip, and returns what each answered.
+func (s *store) runEach(ctx context.Context, operation string, sids []string, args ...any) (replies [][]string, err error) {
+	cmds, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
 		for _, sid := range sids {
-			script.Eval(ctx, pipe, []string{sessionKey(sid)}, args...)
+			sessionScript.Eval(ctx, pipe, []string{sessionKey(sid)}, append([]any{operation}, args...)...)
 		}
 		return nil
 	})
-	return replies, redisError("run on sessions", err)
+	for _, cmd := range cmds {
+		reply, _ := cmd.(*redis.Cmd).StringSlice() // its error is among err
+		replies = append(replies, reply)
+	}
+	return replies, redisError(operation, err)
 }
-
-// ---- migrations
 
 //go:embed schema.sql
 var schemaSQL string
 
-// migration is one step of schema.sql. AppliedAt is zero where it has not been applied.
-type migration struct {
-	Version, Name, SQL, Checksum string
-	AppliedAt                    time.Time
-}
+// migration is one step of schema.sql; Applied says when, RFC 3339 in UTC, or that it is pending.
+type migration struct{ Version, Name, SQL, Checksum, Applied string }
 
 // parseMigrations splits a schema at its "-- migration: 0001 name" lines.
 func parseMigrations(schema string) (steps []migration) {
@@ -420,26 +373,33 @@ func parseMigrations(schema string) (steps []migration) {
 		title, sql, _ := strings.Cut(part, "\n")
 		version, name, _ := strings.Cut(title, " ")
 		sum := sha256.Sum256([]byte(sql))
-		steps = append(steps, migration{Version: version, Name: name, SQL: sql, Checksum: hex.EncodeToString(sum[:])})
+		steps = append(steps, migration{version, name, sql, hex.EncodeToString(sum[:]), "pending"})
 	}
 	return steps
 }
 
 // migrate applies what of the schema has not been applied: all of it or, on an error, nothing. With apply false it
 // changes nothing. It returns every step; one on record that is unknown or has another text is an error.
-func migrate(ctx context.Context, db *pgx.Conn, schema string, apply bool) ([]migration, error) {
-	tx, err := db.Begin(ctx)
+func migrate(ctx context.Context, database *pgx.ConnConfig, schema string, apply bool) ([]migration, error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	conn, err := pgx.ConnectConfig(ctx, database)
+	if err != nil {
+		return nil, fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx)) // which rolls back what is not committed
+	tx, err := conn.Begin(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer tx.Rollback(context.WithoutCancel(ctx))
 	// One replica at a time, the others wait. The number is any that nobody else uses.
 	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171);
 		CREATE TABLE IF NOT EXISTS schema_migrations (version text PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,
 			applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
 		return nil, err
 	}
-	rows, _ := tx.Query(ctx, `SELECT version, name, '' AS sql, checksum, applied_at FROM schema_migrations`)
+	rows, _ := tx.Query(ctx, `SELECT version, name, '', checksum, to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
+		FROM schema_migrations`)
 	applied, err := pgx.CollectRows(rows, pgx.RowToStructByPos[migration])
 	if err != nil {
 		return nil, err
@@ -452,16 +412,17 @@ func migrate(ctx context.Context, db *pgx.Conn, schema string, apply bool) ([]mi
 		case at >= 0 && applied[at].Checksum != step.Checksum:
 			return nil, fmt.Errorf("migration %s %s is not the one that was applied: its text has changed", step.Version, step.Name)
 		case at >= 0:
-			step.AppliedAt = applied[at].AppliedAt
+			step.Applied = applied[at].Applied
 			applied = slices.Delete(applied, at, at+1)
 		case apply:
 			if _, err := tx.Exec(ctx, step.SQL); err != nil {
 				return nil, fmt.Errorf("migration %s %s: %v", step.Version, step.Name, err)
 			}
-			if err := tx.QueryRow(ctx, `INSERT INTO schema_migrations (version, name, checksum) VALUES ($1, $2, $3)
-				RETURNING applied_at`, step.Version, step.Name, step.Checksum).Scan(&step.AppliedAt); err != nil {
+			if _, err := tx.Exec(ctx, `INSERT INTO schema_migrations (version, name, checksum) VALUES ($1, $2, $3)`,
+				step.Version, step.Name, step.Checksum); err != nil {
 				return nil, err
 			}
+			step.Applied = time.Now().UTC().Format(time.RFC3339)
 		}
 	}
 	if len(applied) > 0 {

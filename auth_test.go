@@ -1135,7 +1135,11 @@ func TestSessions(t *testing.T) {
 	if got := ids(c); !slices.Equal(got, []string{sessionOf(t, c.access)}) {
 		t.Errorf("sessions after a new login: %v", got)
 	}
-	want(t, c.do("DELETE", "/auth/sessions/"+sessionOf(t, c.access), nil), 200, "") // one's own
+	r = c.do("DELETE", "/auth/sessions/"+sessionOf(t, c.access), nil)
+	want(t, r, 200, "")
+	if !r.cleared() {
+		t.Error("this session is revoked, and its cookie stays")
+	}
 	want(t, c.me(), 401, "session_revoked")
 	want(t, stranger.me(), 200, "")
 }
@@ -1220,13 +1224,18 @@ func TestRedisKeys(t *testing.T) {
 	s := start(t, map[string]string{"RATE_LIMIT_MAX": "1000", "REFRESH_TOKEN_TTL": "1h"})
 	c := signedUp(s)
 	old := c.tab()
+	claims := payload(t, c.access)
+	rdb := redisClient(t)
+	for _, key := range []string{fmt.Sprintf("session:{%s}", claims["sid"]), fmt.Sprintf("user-sessions:{%s}", claims["sub"])} {
+		if !rdb.Expire(t.Context(), key, time.Minute).Val() { // as if it were old: the refresh prolongs it
+			t.Errorf("no %s", key)
+		}
+	}
 	want(t, c.refresh(), 200, "")
 	wrong := c.device()
 	wrong.password = "wrong password"
 	want(t, wrong.login(), 401, "invalid_credentials")
-	claims := payload(t, c.access)
 	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(c.email)))[:32]
-	rdb := redisClient(t)
 	for key, seconds := range map[string]int{
 		fmt.Sprintf("session:{%s}", claims["sid"]):                                     3600,
 		fmt.Sprintf("blacklist:{%s}:%s", claims["sid"], payload(t, old.cookie)["jti"]): 3600,

@@ -70,7 +70,7 @@ func TestAdoptionStopsAtDuplicates(t *testing.T) {
 	execSQL(t, database, drizzleTable)
 	execSQL(t, database, `INSERT INTO users (email, password_hash) VALUES ('Two@example.test', 'x'), ('two@example.test', 'y'), ('one@example.test', 'z')`)
 	before := objects(t, database)
-	err := command(t, t.Context(), map[string]string{"DATABASE_URL": database}, io.Discard)
+	err := startError(t, map[string]string{"DATABASE_URL": database})
 	if err == nil {
 		t.Fatal("the server started")
 	}
@@ -98,7 +98,7 @@ func TestForeignUsersTable(t *testing.T) {
 	database := newDatabase(t)
 	execSQL(t, database, "CREATE TABLE users (id serial PRIMARY KEY, name text, email text)")
 	before := objects(t, database)
-	if err := command(t, t.Context(), map[string]string{"DATABASE_URL": database}, io.Discard); err == nil || !strings.Contains(err.Error(), "0001") {
+	if err := startError(t, map[string]string{"DATABASE_URL": database}); err == nil || !strings.Contains(err.Error(), "0001") {
 		t.Errorf("the server took another's table for its own: %v", err)
 	}
 	if after := objects(t, database); after != before {
@@ -127,7 +127,7 @@ func TestForeignMigrationsStopTheStart(t *testing.T) {
 		}
 		execSQL(t, env["DATABASE_URL"], sql)
 		for _, args := range [][]string{nil, {"serve"}, {"migrate"}, {"migrate", "status"}} {
-			if err := command(t, t.Context(), env, io.Discard, args...); err == nil || !strings.Contains(err.Error(), name) {
+			if err := startError(t, env, args...); err == nil || !strings.Contains(err.Error(), name) {
 				t.Errorf("%v after %s: %v", args, sql, err)
 			}
 		}
@@ -388,6 +388,67 @@ func TestPasswordChangeRaces(t *testing.T) {
 			wantDead(t, servers, append(racers, c)...)
 		}
 	})
+}
+
+// A change of the row is at its weakest between its work on the sessions and its commit: here that takes long.
+func TestSlowCommit(t *testing.T) {
+	database := newDatabase(t)
+	servers := replicas(t, map[string]string{"DATABASE_URL": database, "LOGIN_LIMIT_MAX": "0"})
+	dear := start(t, map[string]string{"DATABASE_URL": database, "LOGIN_LIMIT_MAX": "0", "BCRYPT_COST": "5"})
+	execSQL(t, database, `CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END';
+		CREATE CONSTRAINT TRIGGER slow AFTER UPDATE OR DELETE ON users DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()`)
+	for _, test := range []struct {
+		name      string
+		change    func(c *client) response
+		goesOn    bool // the session itself, all the while
+		othersToo bool // and what logs in meanwhile
+	}{
+		{"change the password", func(c *client) response { return c.do("PUT", "/auth/password", newPassword(c)) }, true, false},
+		{"delete the account", func(c *client) response {
+			return c.do("DELETE", "/auth/me", map[string]any{"password": c.password})
+		}, false, false},
+		{"rehash", func(c *client) response { return c.at(dear).device().login() }, true, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := signedUp(servers[0])
+			changing, going := c.tab(), c.tab()
+			done := make(chan struct{})
+			var others []*client
+			answers := together(3, func(i int) (r response) {
+				if i == 0 {
+					defer close(done)
+					return test.change(changing)
+				}
+				for {
+					select {
+					case <-done:
+						return r
+					default:
+					}
+					if i == 1 {
+						d := c.at(servers[1]).device()
+						if r = d.login(); r.status == 200 {
+							others = append(others, d)
+						}
+					} else if r = going.refresh(); r.status != 200 {
+						return r
+					}
+				}
+			})
+			want(t, answers[0], 200, "")
+			if test.goesOn {
+				want(t, answers[2], 200, "")
+				want(t, going.refresh(), 200, "")
+			}
+			if !test.othersToo {
+				wantDead(t, servers, others...)
+				return
+			}
+			for _, d := range others {
+				want(t, d.refresh(), 200, "")
+			}
+		})
+	}
 }
 
 // ---- another cost

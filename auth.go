@@ -19,11 +19,7 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-const (
-	maxBodyBytes     = 100 << 10
-	maxPasswordBytes = 72 // all that bcrypt reads
-	cookieName       = "refreshToken"
-)
+const maxBodyBytes, maxPasswordBytes = 100 << 10, 72 // which is all that bcrypt reads
 
 // auth is what the handlers decide with.
 type auth struct {
@@ -41,10 +37,9 @@ type auth struct {
 // bearer returns the token of the Authorization header (RFC 6750 section 2.1), "" if there is none.
 func bearer(r *http.Request) string {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	if !strings.EqualFold(scheme, "Bearer") {
-		return ""
+	if token = strings.Trim(token, " "); !strings.EqualFold(scheme, "Bearer") {
+		token = ""
 	}
-	token = strings.Trim(token, " ")
 	aboutRequest(r).bearer = token != ""
 	return token
 }
@@ -61,7 +56,7 @@ func verify(r *http.Request, k keys, token string) (claims, error) {
 
 // refreshCookie returns the refresh token, "" if there is none.
 func refreshCookie(r *http.Request) string {
-	if cookie, err := r.Cookie(cookieName); err == nil {
+	if cookie, err := r.Cookie("refreshToken"); err == nil {
 		return cookie.Value
 	}
 	return ""
@@ -81,10 +76,8 @@ func (a *auth) requireAuth(next func(http.ResponseWriter, *http.Request, claims)
 	})
 }
 
-// checks names the strings that a body has to have. Each function returns what is wrong with its value, "" if nothing is.
+// checks names the strings that a body has to have. A function, if any, says what is wrong with one, "" if nothing is.
 type checks map[string]func(string) string
-
-func anything(string) string { return "" }
 
 // input reads the body as a JSON object and returns the strings in it that want names.
 func input(w http.ResponseWriter, r *http.Request, want checks) (map[string]string, error) {
@@ -107,8 +100,8 @@ func input(w http.ResponseWriter, r *http.Request, want checks) (map[string]stri
 	for name, check := range want {
 		if values[name] = members.text(name, &err); values[name] == "" {
 			details[name] = "This field is required"
-		} else if fault := check(values[name]); fault != "" {
-			details[name] = fault
+		} else if check != nil && check(values[name]) != "" {
+			details[name] = check(values[name])
 		}
 	}
 	switch {
@@ -127,7 +120,7 @@ func deviceOf(r *http.Request) device {
 }
 
 func (a *auth) setCookie(w http.ResponseWriter, value string, maxAge int) {
-	http.SetCookie(w, &http.Cookie{Name: cookieName, Value: value, Path: "/auth", MaxAge: maxAge,
+	http.SetCookie(w, &http.Cookie{Name: "refreshToken", Value: value, Path: "/auth", MaxAge: maxAge,
 		HttpOnly: true, Secure: a.secureCookie, SameSite: a.sameSite})
 }
 
@@ -186,10 +179,7 @@ func passwordFault(password string) string {
 	return ""
 }
 
-const (
-	hashWait  = 2 * time.Second // longest wait for a slot
-	hashQueue = 256             // most that wait at once
-)
+const hashWait, hashQueue = 2 * time.Second, 256 // longest wait for a slot; most that wait at once
 
 // hasher computes bcrypt in a fixed number of slots, so that logins cannot take the processors from all else.
 type hasher struct {
@@ -301,7 +291,7 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
-	in, err := input(w, r, checks{"email": anything, "password": anything})
+	in, err := input(w, r, checks{"email": nil, "password": nil})
 	if err != nil {
 		return err
 	}
@@ -343,15 +333,11 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 	if err == nil {
 		g, err = a.store.rotate(r.Context(), u, c.SessionID, c.TokenID, newUUID(), deviceOf(r))
 	} else if errors.Is(err, errNoUser) {
-		if err = a.store.revoke(r.Context(), c.UserID, c.SessionID); err == nil || errors.Is(err, errNoSession) {
-			err = errEnded
-		}
+		_ = a.store.revoke(r.Context(), c.UserID, c.SessionID) // it could never be refreshed again anyway
+		err = errEnded
 	}
-	outcome := map[error]string{nil: "rotated", errReused: "reused", errTheft: "theft"}[err]
-	if g.Resent {
-		outcome = "resent"
-	}
-	if outcome != "" {
+	exchanged := map[bool]string{false: "rotated", true: "resent"}[g.Resent]
+	if outcome := map[error]string{nil: exchanged, errReused: "reused", errTheft: "theft"}[err]; outcome != "" {
 		a.metrics.add(`latchkey_refresh_total{outcome="`+outcome+`"}`, 1)
 	}
 	if errors.Is(err, errTheft) || errors.Is(err, errEnded) { // at errReused two tabs raced: the other's cookie stays
@@ -409,7 +395,7 @@ func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) 
 }
 
 func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) error {
-	in, err := input(w, r, checks{"currentPassword": anything, "newPassword": passwordFault})
+	in, err := input(w, r, checks{"currentPassword": nil, "newPassword": passwordFault})
 	if err != nil {
 		return err
 	}
@@ -423,7 +409,7 @@ func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) 
 }
 
 func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) error {
-	in, err := input(w, r, checks{"password": anything})
+	in, err := input(w, r, checks{"password": nil})
 	if err != nil {
 		return err
 	}

@@ -10,7 +10,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"math"
 	"regexp"
 	"strconv"
 	"strings"
@@ -83,7 +82,7 @@ func (k keys) verify(token string, now time.Time) (claims, error) {
 	notBefore := members.integer("nbf", &err)
 	switch {
 	case err != nil, c.UserID == "", c.SessionID == "", c.TokenID == "", c.Subject != c.UserID,
-		c.ExpiresAt == noInteger, notBefore > now.Unix(): // RFC 7519 section 4.1.5
+		members["exp"] == "", notBefore > now.Unix(): // RFC 7519 section 4.1.5
 		return claims{}, errTokenInvalid
 	case c.ExpiresAt <= now.Unix(): // "on or after which": RFC 7519 section 4.1.4
 		return claims{}, errTokenExpired
@@ -111,16 +110,14 @@ func (o object) text(name string, err *error) string {
 	return unquote(value)
 }
 
-// integer returns a member that is a whole number in plain digits, noInteger if there is none; any other sets err.
+// integer returns a member that is a whole number in plain digits, 0 if there is none; any other sets err.
 func (o object) integer(name string, err *error) int64 {
-	n, bad := strconv.ParseInt(cmp.Or(o[name], strconv.Itoa(noInteger)), 10, 64)
+	n, bad := strconv.ParseInt(cmp.Or(o[name], "0"), 10, 64)
 	if bad != nil {
 		*err = errJSON
 	}
 	return n
 }
-
-const noInteger = math.MinInt64
 
 var (
 	// escapes are those of a JSON string that say nothing wrong; what is left of surrogates then has no partner.

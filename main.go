@@ -114,8 +114,7 @@ var processors = sync.OnceValue(func() int {
 	return n
 })
 
-// serve migrates, then serves until ctx ends, then drains: /readyz says so first, the listener closes, requests in
-// flight end, and the pools close last.
+// serve migrates, serves until ctx ends, and drains: /readyz says so, the listener closes, requests end, the pools close.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	log := newLogger(cfg, stdout)
 	logging.Disable() // what fails a request in go-redis is logged with the request
@@ -137,7 +136,6 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-
 	failed := make(chan error, 2)
 	listen := func(variable, addr string, h http.Handler) *http.Server {
 		server := &http.Server{Handler: h, DisableGeneralOptionsHandler: true, // "OPTIONS *" is answered like anything else
@@ -229,15 +227,13 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb redis.Univer
 			return fail("method_not_allowed")
 		}))
 	}
-	notFound := handle(func(http.ResponseWriter, *http.Request) error { return fail("not_found") })
-	mux.Handle("/", notFound)
-
-	asWritten := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if p := r.URL.Path; p != path.Clean("/"+p) || p != r.URL.EscapedPath() {
-			notFound.ServeHTTP(w, r) // the mux would redirect to another spelling of the path, or take it for this one
-		} else {
-			mux.ServeHTTP(w, r)
+	asWritten := handle(func(w http.ResponseWriter, r *http.Request) error {
+		// The mux alone would redirect to another spelling of a path, or take it for this one.
+		if _, pattern := mux.Handler(r); pattern == "" || r.URL.Path != path.Clean("/"+r.URL.Path) || r.URL.Path != r.URL.EscapedPath() {
+			return fail("not_found")
 		}
+		mux.ServeHTTP(w, r)
+		return nil
 	})
 	limited := rateLimit(&limiter{rdb, cfg.rateMax, cfg.rateWindow}, metrics)(asWritten)
 	return observe(log, metrics, cfg.trustedProxies)(cors(cfg.origins)(limited)), metrics, nil
@@ -270,7 +266,6 @@ func gauges(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) map[string]f
 		`latchkey_postgres_connections{state="in_use"}`: func() float64 { return float64(db.Stat().AcquiredConns()) },
 		`latchkey_redis_connections{state="idle"}`:      func() float64 { return float64(rdb.PoolStats().IdleConns) },
 		`latchkey_redis_connections{state="open"}`:      func() float64 { return float64(rdb.PoolStats().TotalConns) },
-		"latchkey_redis_pool_timeouts_total":            func() float64 { return float64(rdb.PoolStats().Timeouts) },
 		"go_goroutines":                                 func() float64 { return float64(runtime.NumGoroutine()) },
 		"go_memstats_sys_bytes":                         func() float64 { var m runtime.MemStats; runtime.ReadMemStats(&m); return float64(m.Sys) },
 	}
@@ -328,7 +323,6 @@ func (e *environment) oneOf(name string, words ...string) string {
 	return word
 }
 
-// integer reads a number from low to high.
 func (e *environment) integer(name, fallback string, low, high int) int {
 	value := e.text(name, fallback)
 	n, err := strconv.Atoi(value)

@@ -3,7 +3,6 @@ package main
 // middleware.go is what every request passes on its way to a handler, and where errors become responses.
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -100,13 +99,13 @@ type body map[string]any
 
 // writeJSON encodes v before it writes the status: an answer is whole, or none and an error.
 func writeJSON(w http.ResponseWriter, status int, v body) error {
-	var encoded bytes.Buffer
-	if err := json.NewEncoder(&encoded).Encode(v); err != nil {
+	encoded, err := json.Marshal(v)
+	if err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
-	_, _ = w.Write(encoded.Bytes()) // a client that hung up is no error of ours
+	_, _ = w.Write(append(encoded, '\n')) // a client that hung up is no error of ours
 	return nil
 }
 
@@ -302,8 +301,7 @@ type metrics struct {
 var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1)}
 
 func newMetrics(gauges map[string]func() float64) *metrics {
-	return &metrics{gauges: gauges, counters: map[string]float64{
-		"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0,
+	return &metrics{gauges: gauges, counters: map[string]float64{"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0,
 		`latchkey_refresh_total{outcome="rotated"}`: 0, `latchkey_refresh_total{outcome="resent"}`: 0,
 		`latchkey_refresh_total{outcome="reused"}`: 0, `latchkey_refresh_total{outcome="theft"}`: 0}}
 }

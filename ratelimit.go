@@ -16,7 +16,6 @@ import (
 
 //go:embed ratelimit.lua
 var limitLua string
-
 var limitScript = redis.NewScript(limitLua)
 
 // limiter is a limit: at most max per window seconds. A max of 0 is no limit.
@@ -38,18 +37,12 @@ func (l *limiter) request(ctx context.Context, ip netip.Addr) (left int, reset t
 // attempt counts a login on the account of email from ip, before its password is looked at, so that simultaneous ones
 // cannot slip past. It returns how long to wait where that is one too many.
 func (l *limiter) attempt(ctx context.Context, email string, ip netip.Addr) (wait time.Duration, err error) {
-	if l.max == 0 {
-		return 0, nil
-	}
 	ms, err := limitScript.Run(ctx, l.rdb, loginKeys(email, ip), "attempt", l.window, l.max).Int64()
 	return time.Duration(ms) * time.Millisecond, err
 }
 
 // giveBack takes back an attempt that did not fail; if it succeeded, the account's failures from this IP with it.
 func (l *limiter) giveBack(ctx context.Context, email string, ip netip.Addr, succeeded bool) error {
-	if l.max == 0 {
-		return nil
-	}
 	return limitScript.Run(ctx, l.rdb, loginKeys(email, ip), "give back", l.window, succeeded).Err()
 }
 

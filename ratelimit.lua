@@ -20,9 +20,10 @@ end
 -- The other two: KEYS: failures on an account from one IP, from all.
 local counts = {tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(redis.call('GET', KEYS[2]) or 0)}
 
--- ARGV: maximum from one IP; from all it is ten times that. Counts both and returns 0, or neither and returns the
--- milliseconds to wait.
+-- ARGV: maximum from one IP, 0 for none; from all it is ten times that. Counts both and returns 0, or neither and
+-- returns the milliseconds to wait.
 if ARGV[1] == 'attempt' then
+  if ARGV[3] == '0' then return 0 end
   local wait = 0
   for i, max in ipairs({tonumber(ARGV[3]), ARGV[3] * 10}) do
     if counts[i] >= max then wait = math.max(wait, left(KEYS[i]), 1) end

@@ -1,7 +1,6 @@
 package main
 
-// store.go keeps users in PostgreSQL and sessions in Redis, and applies schema.sql. Every call is bounded in time:
-// here for PostgreSQL, by its client's timeouts for Redis.
+// store.go keeps users in PostgreSQL and sessions in Redis, with every call bounded in time, and applies schema.sql.
 
 import (
 	"context"
@@ -22,10 +21,8 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-const (
-	postgresTimeout = 1500 * time.Millisecond // of one operation
-	redisTimeout    = 800 * time.Millisecond  // of each: connecting, sending, waiting for the answer
-)
+// Of an operation on PostgreSQL; of connecting to Redis, of sending, of waiting for the answer.
+const postgresTimeout, redisTimeout = 1500 * time.Millisecond, 800 * time.Millisecond
 
 var (
 	errUnavailable = errors.New("store unavailable") // wraps whatever a store did not answer
@@ -38,18 +35,8 @@ var (
 	errTheft       = fmt.Errorf("%w, and longer ago than the leeway", errReused)
 )
 
-// timestamp is a time that is written as JavaScript writes it: RFC 3339 in UTC with milliseconds.
-type timestamp struct{ time.Time }
-
-func (t timestamp) MarshalJSON() ([]byte, error) {
-	return []byte(t.UTC().Format(`"2006-01-02T15:04:05.000Z"`)), nil
-}
-
 // user is a row of the table users.
-type user struct {
-	ID, Email, PasswordHash string
-	CreatedAt               timestamp
-}
+type user struct{ ID, Email, PasswordHash, CreatedAt string }
 
 // device is where a session is used from.
 type device struct{ IP, UserAgent string }
@@ -63,12 +50,12 @@ type grant struct {
 
 // session is a living session as its owner sees it.
 type session struct {
-	ID         string    `json:"id"`
-	CreatedAt  timestamp `json:"createdAt"`
-	LastUsedAt timestamp `json:"lastUsedAt"`
-	IP         string    `json:"ip"`
-	UserAgent  string    `json:"userAgent"`
-	Current    bool      `json:"current"`
+	ID         string `json:"id"`
+	CreatedAt  string `json:"createdAt"`
+	LastUsedAt string `json:"lastUsedAt"`
+	IP         string `json:"ip"`
+	UserAgent  string `json:"userAgent"`
+	Current    bool   `json:"current"`
 }
 
 // store keeps both; refreshTTL and sessionTTL are in whole seconds.
@@ -114,8 +101,11 @@ func redisError(operation string, err error) error {
 	return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
 }
 
-// How a user is found: by id, or by address in whatever case the row has it, given lower-cased as the index is.
+// How a user is found: by id, or by address in whatever case the row has it, given lower-cased as the index is. What is
+// read: the time as JavaScript writes it, RFC 3339 in UTC with milliseconds.
 const (
+	userColumns = `id::text, email, password_hash, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')`
+
 	byID    = `id = $1::uuid`
 	byEmail = `lower(email COLLATE "C") = $1`
 )
@@ -127,15 +117,13 @@ func (s *store) findUser(ctx context.Context, by, key string) (u user, err error
 	if strings.ContainsRune(key, 0) {
 		return user{}, errNoUser // PostgreSQL has no such text
 	}
-	err = s.db.QueryRow(ctx, `SELECT id::text, email, password_hash, created_at FROM users WHERE `+by, key).
-		Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt.Time)
+	err = s.db.QueryRow(ctx, `SELECT `+userColumns+` FROM users WHERE `+by, key).Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return user{}, errNoUser
 	}
 	return u, postgresError("find user", err)
 }
 
-// inTx runs fn in a transaction.
 func (s *store) inTx(ctx context.Context, operation string, fn func(context.Context, pgx.Tx) error) error {
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
@@ -145,9 +133,8 @@ func (s *store) inTx(ctx context.Context, operation string, fn func(context.Cont
 // createUser inserts the user and opens its first session: both or neither. errEmailExists if the address is taken.
 func (s *store) createUser(ctx context.Context, email, hash, sid, jti string, from device) (u user, g grant, err error) {
 	err = s.inTx(ctx, "create user", func(ctx context.Context, tx pgx.Tx) error {
-		u = user{PasswordHash: hash}
-		err := tx.QueryRow(ctx, `INSERT INTO users (email, password_hash) VALUES ($1, $2) RETURNING id::text, email, created_at`,
-			email, hash).Scan(&u.ID, &u.Email, &u.CreatedAt.Time)
+		err := tx.QueryRow(ctx, `INSERT INTO users (email, password_hash) VALUES ($1, $2) RETURNING `+userColumns, email, hash).
+			Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
 		var pg *pgconn.PgError
 		if errors.As(err, &pg) && pg.Code == "23505" && pg.TableName == "users" && pg.ConstraintName != "users_pkey" {
 			return errEmailExists // whatever an adopted table calls its constraint
@@ -178,9 +165,7 @@ func (s *store) openSession(ctx context.Context, u user, sid, jti string, from d
 	if err == nil || errors.Is(err, pgx.ErrNoRows) {
 		err = errStale
 	}
-	if revokeErr := s.revoke(ctx, u.ID, sid); revokeErr != nil && !errors.Is(revokeErr, errNoSession) {
-		err = revokeErr
-	}
+	_ = s.revoke(ctx, u.ID, sid) // nobody was given its tokens
 	return grant{}, postgresError("read password hash", err)
 }
 
@@ -226,7 +211,6 @@ func (s *store) alter(ctx context.Context, u user, sessions func(context.Context
 
 //go:embed session.lua
 var sessionLua string
-
 var sessionScript = redis.NewScript(sessionLua)
 
 func sessionKey(sid string) string { return "session:{" + sid + "}" }
@@ -238,8 +222,7 @@ func digest(hash string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// startSession writes the session and returns its first refresh token. It is in the index before it lives, so who
-// revokes all of a user's sessions misses none.
+// startSession writes the session: into the index before it lives, so who revokes all of a user's sessions misses none.
 func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
 	ttl := int64(min(s.refreshTTL, s.sessionTTL) / time.Second)
 	now, err := sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, ttl).Int64()
@@ -304,16 +287,16 @@ func (s *store) sessions(ctx context.Context, uid, current string) ([]session, e
 	living := []session{}
 	for i, f := range replies {
 		if len(f) == 4 { // created, used, ip, agent
-			living = append(living, session{sids[i], milliseconds(f[0]), milliseconds(f[1]), f[2], f[3], sids[i] == current})
+			living = append(living, session{sids[i], timestamp(f[0]), timestamp(f[1]), f[2], f[3], sids[i] == current})
 		}
 	}
-	slices.SortStableFunc(living, func(a, b session) int { return b.LastUsedAt.Compare(a.LastUsedAt.Time) })
+	slices.SortStableFunc(living, func(a, b session) int { return strings.Compare(b.LastUsedAt, a.LastUsedAt) })
 	return living, err
 }
 
-func milliseconds(s string) timestamp {
-	ms, _ := strconv.ParseInt(s, 10, 64)
-	return timestamp{time.UnixMilli(ms)}
+func timestamp(milliseconds string) string {
+	ms, _ := strconv.ParseInt(milliseconds, 10, 64)
+	return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z")
 }
 
 // revoke ends those of the sessions that are there and the user's, for good; errNoSession if none is.

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"go/ast"
 	"go/token"
@@ -156,9 +157,14 @@ func TestUUID(t *testing.T) {
 	}
 }
 
-func TestIdentifyRequestID(t *testing.T) {
+// observed gives requests to h what observe knows of them.
+func observed(h http.Handler) http.Handler {
+	return observe(slog.New(slog.DiscardHandler), newMetrics(nil), nil)(h)
+}
+
+func TestObserveRequestID(t *testing.T) {
 	const own = "0A1B2C3D-4e5f-6789-abcd-ef0123456789"
-	h := identify(nil)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, aboutRequest(r).id) }))
+	h := observed(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, aboutRequest(r).id) }))
 	for _, given := range []string{own, "", "1", own + "0", own[:35] + "\x00", "<script>"} {
 		r, w := httptest.NewRequest("GET", "/", nil), httptest.NewRecorder()
 		r.Header.Set("X-Request-Id", given)
@@ -174,7 +180,7 @@ func TestIdentifyRequestID(t *testing.T) {
 func TestPanic(t *testing.T) {
 	var log bytes.Buffer
 	panics := http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("the secret cause") })
-	h := identify(nil)(observe(slog.New(slog.NewJSONHandler(&log, nil)), newMetrics(nil))(panics))
+	h := observe(slog.New(slog.NewJSONHandler(&log, nil)), newMetrics(nil), nil)(panics)
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, httptest.NewRequest("GET", "/auth/me", nil))
 
@@ -231,14 +237,20 @@ func TestErrorTable(t *testing.T) {
 		}
 	}
 
-	for err, code := range told {
-		if responses[code].status == 0 {
-			t.Errorf("%q, which stands for %q, has no answer", code, err)
+	// Each error that stands for a code stands for one only.
+	unnamed := maps.Clone(responses)
+	for code, response := range responses {
+		for other, answer := range responses {
+			if response.err != nil && other != code && errors.Is(response.err, answer.err) {
+				t.Errorf("%q may be told as %s or as %s", response.err, code, other)
+			}
+		}
+		if response.err != nil {
+			delete(unnamed, code)
 		}
 	}
 
 	// Every code that the source names, as fail("…") or apiError{code: "…"}, has an answer, and every answer is named.
-	unnamed := maps.Clone(responses)
 	fset, files := productionFiles(t)
 	for _, file := range files {
 		ast.Inspect(file, func(n ast.Node) bool {
@@ -298,7 +310,7 @@ func TestErrorHeaders(t *testing.T) {
 		{fail("not_found"), true, 404, "", ""},
 	} {
 		w := httptest.NewRecorder()
-		h := identify(nil)(handle(func(_ http.ResponseWriter, r *http.Request) error {
+		h := observed(handle(func(_ http.ResponseWriter, r *http.Request) error {
 			aboutRequest(r).bearer = test.bearer
 			return test.err
 		}))
@@ -317,11 +329,7 @@ func TestErrorHeaders(t *testing.T) {
 // Every combination of what a browser may say of a request's origin.
 func TestOrigins(t *testing.T) {
 	listed := []string{"https://app.example.com", "http://localhost:5173"}
-	refuse, err := refuseCrossOrigin(listed)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := identify(nil)(cors(listed)(refuse(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(299) }))))
+	h := observed(cors(listed)(refuseCrossOrigin(listed)(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(299) }))))
 
 	own := []string{"https://api.example.com", "http://api.example.com"} // of the Host below; TLS may end at a proxy
 	foreign := []string{"null", "https://evil.example", "https://app.example.com.evil.example", "https://evil-app.example.com", "http://app.example.com",

@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
+	"os"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -17,7 +19,7 @@ import (
 )
 
 func testLimiter(rdb redis.UniversalClient, max, window int) *limiter {
-	return &limiter{once{rdb}, max, window}
+	return &limiter{rdb, max, window}
 }
 
 // randomAddr returns an IPv6 address of nobody else's /64 (RFC 4193), so that tests meet no counters but their own.
@@ -46,7 +48,7 @@ func attempt(t *testing.T, l *limiter, email string, ip netip.Addr) bool {
 }
 
 // checkFailures compares the counters of an account, from ip and from all, with what they should be.
-func checkFailures(t *testing.T, rdb *redis.Client, email string, ip netip.Addr, pair, all int) {
+func checkFailures(t *testing.T, rdb redis.UniversalClient, email string, ip netip.Addr, pair, all int) {
 	t.Helper()
 	for i, want := range []int{pair, all} {
 		key := loginKeys(email, ip)[i]
@@ -63,7 +65,7 @@ func checkFailures(t *testing.T, rdb *redis.Client, email string, ip netip.Addr,
 	}
 }
 
-func checkTTL(t *testing.T, rdb *redis.Client, key string, window int) {
+func checkTTL(t *testing.T, rdb redis.UniversalClient, key string, window int) {
 	t.Helper()
 	ttl, err := rdb.PTTL(t.Context(), key).Result()
 	if err != nil || ttl <= 0 || ttl > time.Duration(window)*time.Second {
@@ -395,24 +397,26 @@ func (thief *replyThief) pass(store, client net.Conn) {
 	}
 }
 
-// A decision whose answer was lost is not made a second time, although both clients retry what they may: the
-// caller gets an error, the count is one.
+// A decision whose answer was lost is not made a second time, by neither of the server's two kinds of client: the caller
+// gets an error, the count is one.
 func TestLostReplyIsNotCountedTwice(t *testing.T) {
-	rdb := redisClient(t)
-	options := *rdb.Options()
-	thief := newReplyThief(t, options.Network, options.Addr)
-	options.Addr, options.Network, options.MaxRetries = thief.addr, "tcp", 3
-	single := redis.NewClient(&options)
-	cluster := redis.NewClusterClient(&redis.ClusterOptions{
-		Username: options.Username, Password: options.Password, MaxRedirects: 3,
-		ClusterSlots: func(context.Context) ([]redis.ClusterSlot, error) {
-			return []redis.ClusterSlot{{Start: 0, End: 16383, Nodes: []redis.ClusterNode{{Addr: thief.addr}}}}, nil
-		},
-	})
-	for name, client := range map[string]redis.UniversalClient{"single": single, "cluster": cluster} {
+	target := redisClient(t).Options()
+	thief := newReplyThief(t, target.Network, target.Addr)
+	u, err := url.Parse(os.Getenv("REDIS_URL"))
+	if err != nil {
+		t.Fatal("REDIS_URL is no URL")
+	}
+	u.Host = thief.addr
+	env := environment{getenv: func(string) string { return u.String() }}
+	options := env.redis()
+	cluster := options.Cluster()
+	cluster.ClusterSlots = func(context.Context) ([]redis.ClusterSlot, error) {
+		return []redis.ClusterSlot{{Start: 0, End: 16383, Nodes: []redis.ClusterNode{{Addr: thief.addr}}}}, nil
+	}
+	for name, rdb := range map[string]redis.UniversalClient{"single": redis.NewUniversalClient(options), "cluster": redis.NewClusterClient(cluster)} {
 		t.Run(name, func(t *testing.T) {
-			t.Cleanup(func() { client.Close() })
-			l, email, ip := testLimiter(client, 10, 60), randomEmail(), randomAddr()
+			defer rdb.Close()
+			l, email, ip := testLimiter(rdb, 10, 60), randomEmail(), randomAddr()
 			steal := func(what string, call func() error) {
 				t.Helper()
 				if err := call(); err != nil { // connects, and makes the script known
@@ -425,7 +429,11 @@ func TestLostReplyIsNotCountedTwice(t *testing.T) {
 					t.Errorf("%s: err %v after %d stolen replies, want an error after 1", what, err, stolen)
 				}
 			}
-			steal("request", func() error { _, _, err := l.request(t.Context(), ip); return err })
+			request := func() error {
+				_, _, err := l.request(t.Context(), ip)
+				return err
+			}
+			steal("request", request)
 			if n, err := rdb.Get(t.Context(), requestKey(ip)).Int(); err != nil || n != 2 {
 				t.Errorf("requests counted: %d (%v), want 2", n, err)
 			}
@@ -437,12 +445,12 @@ func TestLostReplyIsNotCountedTwice(t *testing.T) {
 			checkFailures(t, rdb, email, ip, 2, 2)
 
 			// A Redis that does not know the script is sent its text.
+			other := redisClient(t)
 			steal("request", func() error {
-				err := rdb.ScriptFlush(t.Context()).Err()
-				if err == nil {
-					_, _, err = l.request(t.Context(), ip)
+				if err := other.ScriptFlush(t.Context()).Err(); err != nil {
+					return err
 				}
-				return err
+				return request()
 			})
 			if n, err := rdb.Get(t.Context(), requestKey(ip)).Int(); err != nil || n != 4 {
 				t.Errorf("requests counted: %d (%v), want 4", n, err)
@@ -455,7 +463,7 @@ func TestLostReplyIsNotCountedTwice(t *testing.T) {
 func TestRequestOutlivesItsClient(t *testing.T) {
 	rdb, ip := redisClient(t), randomAddr()
 	counted := rateLimit(testLimiter(rdb, 10, 60), newMetrics(nil))
-	h := identify(nil)(counted(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(299) })))
+	h := observed(counted(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(299) })))
 	ctx, hangUp := context.WithCancel(t.Context())
 	hangUp()
 	r, w := httptest.NewRequestWithContext(ctx, "GET", "/auth/me", nil), httptest.NewRecorder()

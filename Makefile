@@ -23,6 +23,7 @@ test: go ## go vet and all tests, on a PostgreSQL and a Redis of their own
 
 bench: go ## the benchmarks
 	scripts/with-services go test -run '^$$' -bench . -benchmem .
+	go test -C bench -bench .
 
 integration: go ## the tests of the whole, with Docker and Chromium
 	go test -C integration -count=1 -timeout 15m ./...

@@ -336,9 +336,8 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 		_ = a.store.revoke(r.Context(), c.UserID, c.SessionID) // it could never be refreshed again anyway
 		err = errEnded
 	}
-	exchanged := map[bool]string{false: "rotated", true: "resent"}[g.Resent]
-	if outcome := map[error]string{nil: exchanged, errReused: "reused", errTheft: "theft"}[err]; outcome != "" {
-		a.metrics.add(`latchkey_refresh_total{outcome="`+outcome+`"}`, 1)
+	if g.Outcome != "" {
+		a.metrics.add(`latchkey_refresh_total{outcome="`+g.Outcome+`"}`, 1)
 	}
 	if errors.Is(err, errTheft) || errors.Is(err, errEnded) { // at errReused two tabs raced: the other's cookie stays
 		a.clearCookie(w)

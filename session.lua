@@ -25,7 +25,7 @@ end
 local s = {}
 local fields = redis.call('HGETALL', KEYS[1])
 for i = 1, #fields, 2 do s[fields[i]] = fields[i + 1] end
-if s.user ~= ARGV[2] then return {} end
+if s.user ~= ARGV[2] then return {'ended'} end
 
 -- Returns what its owner may see of it.
 if ARGV[1] == 'read' then
@@ -38,7 +38,7 @@ if ARGV[1] == 'rebind' then
   if string.find(s.password, ARGV[3], 1, true) then
     redis.call('HSET', KEYS[1], 'password', string.sub(s.password .. ' ' .. ARGV[4], -8 * 17 + 1))
   end
-  return {}
+  return {'bound'}
 end
 
 -- The blacklist remembers a dead refresh token, with the time it died, until it would have expired.

@@ -45,7 +45,7 @@ type device struct{ IP, UserAgent string }
 type grant struct {
 	SessionID, TokenID  string
 	IssuedAt, ExpiresAt int64
-	Resent              bool // it was given before
+	Outcome             string // of a rotation: rotated, resent, reused, theft, ended
 }
 
 // session is a living session as its owner sees it.
@@ -243,23 +243,21 @@ func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from 
 	if err != nil {
 		return grant{}, redisError("rotate", err)
 	}
-	switch outcome := strings.Join(reply, " "); outcome {
-	case "", "ended":
-		return grant{}, errEnded
+	g := grant{SessionID: sid, Outcome: reply[0]}
+	switch g.Outcome {
+	case "ended":
+		return g, errEnded
 	case "reused":
-		return grant{}, errReused
+		return g, errReused
 	case "theft":
-		return grant{}, errTheft
-	default:
-		g := grant{SessionID: sid}
-		if _, err := fmt.Sscan(outcome, &outcome, &g.TokenID, &g.IssuedAt, &g.ExpiresAt); err != nil {
-			return grant{}, fmt.Errorf("rotate: unexpected reply %q", reply)
-		}
-		// The token is exchanged, come what may: an index that cannot be written now is written by the next refresh.
-		_ = sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, g.ExpiresAt-g.IssuedAt).Err()
-		g.Resent = outcome == "resent"
-		return g, nil
+		return g, errTheft
 	}
+	if _, err := fmt.Sscan(strings.Join(reply[1:], " "), &g.TokenID, &g.IssuedAt, &g.ExpiresAt); err != nil {
+		return grant{}, fmt.Errorf("rotate: unexpected reply %q", reply)
+	}
+	// The token is exchanged, come what may: an index that cannot be written now is written by the next refresh.
+	_ = sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, g.ExpiresAt-g.IssuedAt).Err()
+	return g, nil
 }
 
 // isLive returns errEnded if the session is not there or not the user's.
@@ -307,7 +305,7 @@ func (s *store) revoke(ctx context.Context, uid string, sids ...string) error {
 	}
 	var ended []any // an id without a session stays in the index until its time: that session may be about to start
 	for i, reply := range replies {
-		if len(reply) > 0 {
+		if len(reply) == 1 && reply[0] == "revoked" {
 			ended = append(ended, sids[i])
 		}
 	}

@@ -247,10 +247,13 @@ func TestLoginGiveBack(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	attempt(t, l, email, ip)
+	giveBack(false) // a 503
+	checkFailures(t, rdb, email, ip, 0, 0)
 	attempt(t, l, email, other)
 	attempt(t, l, email, ip)
 	attempt(t, l, email, ip)
-	giveBack(false) // a 503
+	giveBack(false)
 	checkFailures(t, rdb, email, ip, 1, 2)
 	attempt(t, l, email, ip)
 	attempt(t, l, email, ip)

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -170,6 +171,42 @@ var rotation = []promise{
 		afterLeeway()
 		v.show(old).refused(401, "refresh_reused").clearsCookie()
 		v.gone()
+	}},
+	{"resend: a token of a session that was revoked meanwhile gets nothing", own, func(t *testing.T, _ *server) {
+		s := serve(t, home, development.with(vars{"REFRESH_REUSE_POLICY": "resend"}))
+		for name, revoke := range map[string]func(v, other *visitor) *answer{
+			"logout": func(v, _ *visitor) *answer { return v.send("POST", "/auth/logout", nil) },
+			"by id":  func(v, other *visitor) *answer { return other.send("DELETE", "/auth/sessions/"+v.sid(), nil) },
+			"all":    func(_, other *visitor) *answer { return other.send("DELETE", "/auth/sessions", nil) },
+			"password": func(v, other *visitor) *answer {
+				return other.send("PUT", "/auth/password", passwordChange{v.password, newPassword()})
+			},
+			"account": func(v, other *visitor) *answer { return other.send("DELETE", "/auth/me", passwordOnly{v.password}) },
+		} {
+			v := s.signup(t)
+			other := v.login()
+			old := v.refresh
+			v.rotate()
+			revoke(v, other).want(200)
+			if a := v.show(old); a.status() != 401 {
+				t.Errorf("%s: %d %s", name, a.status(), a.body)
+			}
+			v.gone()
+		}
+	}},
+	{"a session that has run out is not listed", own, func(t *testing.T, _ *server) {
+		s := serve(t, home, development.with(vars{"REFRESH_TOKEN_TTL": "3s"}))
+		v := s.signup(t)
+		ids := func() (ids []any) {
+			for _, x := range v.login().sessions() {
+				ids = append(ids, x["id"])
+			}
+			return ids
+		}
+		if !slices.Contains(ids(), any(v.sid())) {
+			t.Error("the living session is not listed")
+		}
+		eventually(t, 15*time.Second, "the session is listed no more", func() bool { return !slices.Contains(ids(), any(v.sid())) })
 	}},
 	{"a session lives at most SESSION_MAX_TTL, however often it is refreshed", own, func(t *testing.T, _ *server) {
 		s := serve(t, home, development.with(vars{"SESSION_MAX_TTL": "5s", "REFRESH_TOKEN_TTL": "4s"}))

@@ -22,7 +22,7 @@ test: go ## go vet and all tests, on a PostgreSQL and a Redis of their own
 	echo "go test $$race ./..."; scripts/with-services go test $$race ./...
 
 bench: go ## the benchmarks
-	scripts/with-services go test -run '^$$' -bench . -benchmem .
+	scripts/with-services go test -run '^$$' -bench . -benchtime 500x .
 	go test -C bench -bench .
 
 integration: go ## the tests of the whole, with Docker and Chromium

@@ -422,7 +422,7 @@ func TestPasswords(t *testing.T) {
 			}
 			want(t, r, 201, "")
 			want(t, c.login(), 200, "")
-			for _, other := range []string{test.password + "\x00", test.password + "!", test.password[:len(test.password)-1],
+			for _, other := range []string{test.password + "\x00", test.password + "\x00" + test.password, test.password + "!", test.password[:len(test.password)-1],
 				strings.TrimSpace(test.password) + " ", strings.ToUpper(test.password)} {
 				wrong := c.device()
 				if wrong.password = other; other != "" && other != test.password {

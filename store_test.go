@@ -549,8 +549,8 @@ func TestPostgresOutage(t *testing.T) {
 				case 4:
 					want503(d.do("PUT", "/auth/password", newPassword(d)))
 				case 5:
-					if r := d.do("GET", "/readyz", nil); r.status != 503 || fmt.Sprint(r.body) != "map[postgres:unavailable redis:ok status:unavailable]" {
-						t.Errorf("readyz: %d %s", r.status, r.raw)
+					if r := d.do("GET", "/readyz", nil); r.status != 503 || fmt.Sprint(r.body) != "map[postgres:unavailable redis:ok status:unavailable]" || r.took > 4*time.Second {
+						t.Errorf("readyz: %d %s after %v", r.status, r.raw, r.took)
 					}
 				case 6:
 					for r, status := range map[string]int{"GET /healthz": 200, "GET /auth/sessions": 200, "DELETE /auth/sessions/" + sessionOf(t, phone.access): 200} {
@@ -599,8 +599,8 @@ func TestRedisOutage(t *testing.T) {
 					t.Errorf("request %d: %d %q after %v, want unavailable within 1 s", i, r.status, r.code(), r.took)
 				}
 			}
-			if r := c.do("GET", "/readyz", nil); r.status != 503 || fmt.Sprint(r.body) != "map[postgres:ok redis:unavailable status:unavailable]" {
-				t.Errorf("readyz: %d %s", r.status, r.raw)
+			if r := c.do("GET", "/readyz", nil); r.status != 503 || fmt.Sprint(r.body) != "map[postgres:ok redis:unavailable status:unavailable]" || r.took > 2*time.Second {
+				t.Errorf("readyz: %d %s after %v", r.status, r.raw, r.took)
 			}
 			want(t, c.at(limited).do("GET", "/healthz", nil), 200, "")
 			proxy.Restore()

@@ -3,6 +3,7 @@ package main
 // auth.go is what the routes under /auth decide, and the hashing of passwords.
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -76,10 +77,10 @@ func (a *auth) requireAuth(next func(http.ResponseWriter, *http.Request, claims)
 	})
 }
 
-// checks names the strings that a body has to have. A function, if any, says what is wrong with one, "" if nothing is.
 type checks map[string]func(string) string
 
-// input reads the body as a JSON object and returns the strings in it that want names.
+// input reads the body as a JSON object and returns the strings that want names, none of them empty. A check, where there
+// is one, says what is wrong with a string, "" if nothing is.
 func input(w http.ResponseWriter, r *http.Request, want checks) (map[string]string, error) {
 	if r.ContentLength > maxBodyBytes {
 		w.Header().Set("Connection", "close") // else net/http reads it all before it answers
@@ -215,8 +216,7 @@ func (h *hasher) run(ctx context.Context, fn func()) error {
 	}
 }
 
-// hash returns the bcrypt hash of an acceptable password, under the name that the backend before this one
-// writes: x/crypto computes what it calls $2a$ as $2b$ is defined.
+// hash returns the bcrypt hash of an acceptable password. What x/crypto calls $2a$ is what others define as $2b$.
 func (h *hasher) hash(ctx context.Context, password string) (hash string, err error) {
 	slotErr := h.run(ctx, func() {
 		var b []byte
@@ -226,20 +226,25 @@ func (h *hasher) hash(ctx context.Context, password string) (hash string, err er
 	return hash, errors.Join(slotErr, err)
 }
 
-// matches reports whether password is the one of hash. It takes as long where there is no hash, and for a
-// password that cannot be right because bcrypt would not read all of it.
+// matches reports whether password is the one of hash. A "no" takes as long for a hash of a lower cost, for no hash, and
+// for a password that bcrypt would not read all of.
 func (h *hasher) matches(ctx context.Context, hash, password string) (ok bool, err error) {
-	possible := len(password) <= maxPasswordBytes && !strings.ContainsRune(password, 0)
-	if _, err := bcrypt.Cost([]byte(hash)); err != nil {
-		hash, possible = h.dummy, false
+	cost, noHash := bcrypt.Cost([]byte(hash))
+	if noHash != nil {
+		hash, cost = h.dummy, h.cost
 	}
-	err = h.run(ctx, func() { ok = bcrypt.CompareHashAndPassword([]byte(hash), []byte(password)) == nil })
-	return ok && possible, err
+	err = h.run(ctx, func() {
+		ok = bcrypt.CompareHashAndPassword([]byte(hash), []byte(password)) == nil && noHash == nil &&
+			len(password) <= maxPasswordBytes && !strings.ContainsRune(password, 0)
+		for ; !ok && cost < h.cost; cost++ { // 2^cost and all up to 2^(h.cost-1) are 2^h.cost
+			_, _ = bcrypt.GenerateFromPassword(nil, cost)
+		}
+	})
+	return ok, err
 }
 
-// withPassword calls then with the user found by key, if password is theirs, else it is invalid_credentials. The attempt
-// is counted beforehand, on the account of email, and given back if it succeeds or cannot be judged. Where the password
-// hash has changed by the time then uses it (errStale), all is done again.
+// withPassword calls then with the user found by key if password is theirs, and again if the hash has changed meanwhile
+// (errStale). The attempt is counted beforehand, on the account of email, and given back if it does not fail.
 func (a *auth) withPassword(r *http.Request, by, key, email, password string, then func(user) error) error {
 	ip := aboutRequest(r).ip
 	wait, err := a.logins.attempt(r.Context(), email, ip)
@@ -307,8 +312,7 @@ func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// upgradeHash hashes the password anew where its hash has another cost than the configured one. The login
-// stands whether or not that succeeds: the next one tries again.
+// upgradeHash hashes the password anew if its hash has another cost than configured. The login stands either way.
 func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 	if cost, err := bcrypt.Cost([]byte(u.PasswordHash)); err != nil || cost == a.hasher.cost {
 		return
@@ -332,12 +336,10 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 	u, err := a.store.findUser(r.Context(), byID, c.UserID) // first: with PostgreSQL down no token is used up
 	if err == nil {
 		g, err = a.store.rotate(r.Context(), u, c.SessionID, c.TokenID, newUUID(), deviceOf(r))
+		a.metrics.add(`latchkey_refresh_total{outcome="`+cmp.Or(g.Outcome, "failed")+`"}`, 1)
 	} else if errors.Is(err, errNoUser) {
 		_ = a.store.revoke(r.Context(), c.UserID, c.SessionID) // it could never be refreshed again anyway
 		err = errEnded
-	}
-	if g.Outcome != "" {
-		a.metrics.add(`latchkey_refresh_total{outcome="`+g.Outcome+`"}`, 1)
 	}
 	if errors.Is(err, errTheft) || errors.Is(err, errEnded) { // at errReused two tabs raced: the other's cookie stays
 		a.clearCookie(w)

@@ -1,7 +1,6 @@
 package main
 
-// jwt.go signs and verifies JSON Web Tokens (RFC 7519) under HS256 (RFC 7515, RFC 7518 section 3.2), and reads JSON
-// strictly. Pure functions: the clock is a parameter, and nothing here knows of HTTP or of the rest of the server.
+// jwt.go signs and verifies HS256 tokens (RFC 7519, RFC 7515) and reads JSON strictly: pure functions, time is given.
 
 import (
 	"cmp"
@@ -54,8 +53,7 @@ func (k keys) sign(c claims) string {
 	return signed + "." + string(signature(k.current, signed))
 }
 
-// verify returns the claims of token if it is well formed, signed with one of k and not expired at now; else
-// errTokenExpired where the expiry is all that is wrong, or errTokenInvalid.
+// verify returns the token's claims; errTokenExpired if its time is all that is wrong with it, else errTokenInvalid.
 func (k keys) verify(token string, now time.Time) (claims, error) {
 	dot := strings.LastIndexByte(token, '.')
 	if len(token) > maxTokenBytes || dot < 0 {

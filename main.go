@@ -91,7 +91,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return err
 	case "healthcheck": // asks the server on this host whether it is ready
 		client := http.Client{Timeout: 3 * time.Second}
-		resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/readyz", env.port()))
+		resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/readyz", env.integer("PORT", "", 0, 65535)))
 		if err == nil && resp.StatusCode != http.StatusOK {
 			err = errors.New(resp.Status)
 		}
@@ -261,7 +261,6 @@ func gauges(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) map[string]f
 		"latchkey_hashing_slots_in_use":                 func() float64 { return float64(len(h.slots)) },
 		"latchkey_hashing_waiting":                      func() float64 { return float64(h.waiting.Load()) },
 		"latchkey_hashing_refused_total":                func() float64 { return float64(h.refused.Load()) },
-		`latchkey_postgres_connections{state="max"}`:    func() float64 { return float64(db.Stat().MaxConns()) },
 		`latchkey_postgres_connections{state="idle"}`:   func() float64 { return float64(db.Stat().IdleConns()) },
 		`latchkey_postgres_connections{state="in_use"}`: func() float64 { return float64(db.Stat().AcquiredConns()) },
 		`latchkey_redis_connections{state="idle"}`:      func() float64 { return float64(rdb.PoolStats().IdleConns) },
@@ -345,7 +344,7 @@ func (e *environment) duration(name, fallback string, low, step time.Duration) t
 func (e *environment) config() config {
 	c := config{
 		env:         e.oneOf("NODE_ENV", "production", "staging", "development"),
-		port:        e.port(),
+		port:        e.integer("PORT", "", 0, 65535),
 		database:    e.database(),
 		redis:       e.redis(),
 		accessTTL:   e.duration("ACCESS_TOKEN_TTL", "15m", time.Second, time.Second),
@@ -390,8 +389,6 @@ func (e *environment) config() config {
 	return c
 }
 
-func (e *environment) port() int { return e.integer("PORT", "", 0, 65535) }
-
 // database reads DATABASE_URL and DB_POOL_SIZE. Connections run in UTC, so that an adopted table's times without a
 // zone are read, and written, as UTC.
 func (e *environment) database() *pgxpool.Config {
@@ -414,7 +411,7 @@ func (e *environment) database() *pgxpool.Config {
 func (e *environment) redis() *redis.UniversalOptions {
 	value := e.text("REDIS_URL", "")
 	o := &redis.UniversalOptions{MaxRetries: -1, MaxRedirects: -1, DialerRetries: 1, DialTimeout: redisTimeout, ReadTimeout: redisTimeout,
-		WriteTimeout: redisTimeout, PoolTimeout: redisTimeout,
+		WriteTimeout: redisTimeout, PoolTimeout: redisTimeout / 4,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
 	if c, err := redis.ParseClusterURL(value); err == nil && len(c.Addrs) > 1 {
 		o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig

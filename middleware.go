@@ -155,9 +155,8 @@ func newUUID() string {
 // isUUID reports whether s is a UUID in its 36-character form, in either case.
 var isUUID = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`).MatchString
 
-// clientIP returns the address of the client behind peer ("ip:port"). Only a trusted peer's X-Forwarded-For counts.
-// It is read from the right, where the nearest proxies wrote: each trusted hop vouches for the one before it, and
-// what stands left of an untrusted or unreadable one is the client's own invention.
+// clientIP returns the client's address behind peer ("ip:port"). Only a trusted peer's X-Forwarded-For counts, from the
+// right: each trusted hop vouches for the one before it; left of an untrusted or unreadable one all may be invented.
 func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Addr {
 	addrPort, _ := netip.ParseAddrPort(peer)
 	ip := addrPort.Addr().Unmap().WithZone("")

@@ -1,7 +1,6 @@
 package main
 
-// ratelimit.go counts what a client may do: all requests of an IP, and failed logins on an account. Each decision is
-// one call of ratelimit.lua, so it is exact under any number of concurrent requests and replicas.
+// ratelimit.go counts what a client may do. Each decision is one call of ratelimit.lua: exact, however many ask at once.
 
 import (
 	"context"

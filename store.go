@@ -3,6 +3,7 @@ package main
 // store.go keeps users in PostgreSQL and sessions in Redis, with every call bounded in time, and applies schema.sql.
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -22,7 +23,7 @@ import (
 )
 
 // Of an operation on PostgreSQL; of connecting to Redis, of sending, of waiting for the answer.
-const postgresTimeout, redisTimeout = 1500 * time.Millisecond, 800 * time.Millisecond
+const postgresTimeout, redisTimeout = 1500 * time.Millisecond, 700 * time.Millisecond
 
 var (
 	errUnavailable = errors.New("store unavailable") // wraps whatever a store did not answer
@@ -73,8 +74,8 @@ func (s *store) ready(ctx context.Context) (postgres, redis error) {
 	return s.db.Ping(pctx), s.rdb.Ping(ctx).Err()
 }
 
-// postgresError names the operation. No answer is errUnavailable, and so are the SQLSTATE classes of lost connections,
-// exhausted resources, shutdown, and a primary become a standby; any other is a fault. This file's own errors pass.
+// postgresError names the operation. No answer is errUnavailable, and so are the SQLSTATEs of lost connections, exhausted
+// resources, shutdown and a primary become a standby; any other is a fault. This file's own errors pass.
 func postgresError(operation string, err error) error {
 	var pg *pgconn.PgError
 	switch {
@@ -101,13 +102,11 @@ func redisError(operation string, err error) error {
 	return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
 }
 
-// How a user is found: by id, or by address in whatever case the row has it, given lower-cased as the index is. What is
-// read: the time as JavaScript writes it, RFC 3339 in UTC with milliseconds.
+// What is read of a user, the time as JavaScript writes it; and how one is found, the address in lower case.
 const (
 	userColumns = `id::text, email, password_hash, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')`
-
-	byID    = `id = $1::uuid`
-	byEmail = `lower(email COLLATE "C") = $1`
+	byID        = `id = $1::uuid`
+	byEmail     = `lower(email COLLATE "C") = $1`
 )
 
 // findUser returns the user, or errNoUser.
@@ -222,10 +221,17 @@ func digest(hash string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// startSession writes the session: into the index before it lives, so who revokes all of a user's sessions misses none.
+// index enters the session in its user's index for seconds, as long as a refresh token can last, and returns Redis' time
+// in ms. Whatever makes or prolongs a session does this first: who revokes all of a user's sessions misses none.
+func (s *store) index(ctx context.Context, uid, sid string) (now, seconds int64, err error) {
+	seconds = int64(min(s.refreshTTL, s.sessionTTL) / time.Second)
+	now, err = sessionScript.Run(ctx, s.rdb, []string{indexKey(uid)}, "index", sid, seconds).Int64()
+	return now, seconds, redisError("index session", err)
+}
+
+// startSession writes the session and returns its first refresh token.
 func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
-	ttl := int64(min(s.refreshTTL, s.sessionTTL) / time.Second)
-	now, err := sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, ttl).Int64()
+	now, ttl, err := s.index(ctx, u.ID, sid)
 	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
 	if err == nil {
 		err = sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, "start", u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
@@ -237,9 +243,12 @@ func (s *store) startSession(ctx context.Context, u user, sid, jti string, from 
 // rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session now
 // honours; errReused or, past the leeway, errTheft for one that was exchanged before; errEnded if the session is over.
 func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
+	if _, _, err := s.index(ctx, u.ID, sid); err != nil {
+		return grant{}, err
+	}
 	reply, err := sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, "rotate", u.ID, jti, next, digest(u.PasswordHash),
-		int64(s.refreshTTL/time.Second), int64(s.sessionTTL/time.Second), s.leeway.Milliseconds(),
-		s.resend, from.IP, from.UserAgent).StringSlice()
+		int64(s.refreshTTL/time.Second), int64(s.sessionTTL/time.Second), s.leeway.Milliseconds(), s.resend,
+		from.IP, from.UserAgent).StringSlice()
 	if err != nil {
 		return grant{}, redisError("rotate", err)
 	}
@@ -255,8 +264,6 @@ func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from 
 	if _, err := fmt.Sscan(strings.Join(reply[1:], " "), &g.TokenID, &g.IssuedAt, &g.ExpiresAt); err != nil {
 		return grant{}, fmt.Errorf("rotate: unexpected reply %q", reply)
 	}
-	// The token is exchanged, come what may: an index that cannot be written now is written by the next refresh.
-	_ = sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, g.ExpiresAt-g.IssuedAt).Err()
 	return g, nil
 }
 
@@ -278,10 +285,7 @@ func (s *store) sessionIDs(ctx context.Context, uid string) ([]string, error) {
 // sessions returns the user's living sessions, newest use first.
 func (s *store) sessions(ctx context.Context, uid, current string) ([]session, error) {
 	sids, err := s.sessionIDs(ctx, uid)
-	if err != nil {
-		return nil, err
-	}
-	replies, err := s.runEach(ctx, "read", sids, uid)
+	replies, readErr := s.runEach(ctx, "read", sids, uid)
 	living := []session{}
 	for i, f := range replies {
 		if len(f) == 4 { // created, used, ip, agent
@@ -289,7 +293,7 @@ func (s *store) sessions(ctx context.Context, uid, current string) ([]session, e
 		}
 	}
 	slices.SortStableFunc(living, func(a, b session) int { return strings.Compare(b.LastUsedAt, a.LastUsedAt) })
-	return living, err
+	return living, cmp.Or(err, readErr)
 }
 
 func timestamp(milliseconds string) string {
@@ -327,17 +331,20 @@ func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
 	return err
 }
 
-// runEach runs the script on each of the sessions, in one round trip, and returns what each answered.
+// runEach runs the script on each of the sessions, 500 in a round trip, and returns what each answered.
 func (s *store) runEach(ctx context.Context, operation string, sids []string, args ...any) (replies [][]string, err error) {
-	cmds, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
-		for _, sid := range sids {
-			sessionScript.Eval(ctx, pipe, []string{sessionKey(sid)}, append([]any{operation}, args...)...)
+	for some := range slices.Chunk(sids, 500) {
+		cmds, pipeErr := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+			for _, sid := range some {
+				sessionScript.Eval(ctx, pipe, []string{sessionKey(sid)}, append([]any{operation}, args...)...)
+			}
+			return nil
+		})
+		for _, cmd := range cmds {
+			reply, _ := cmd.(*redis.Cmd).StringSlice() // its error is in pipeErr
+			replies = append(replies, reply)
 		}
-		return nil
-	})
-	for _, cmd := range cmds {
-		reply, _ := cmd.(*redis.Cmd).StringSlice() // its error is among err
-		replies = append(replies, reply)
+		err = cmp.Or(err, pipeErr)
 	}
 	return replies, redisError(operation, err)
 }

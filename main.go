@@ -40,10 +40,10 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"net/url"
 	"os"
 	"os/signal"
 	"path"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -340,6 +340,12 @@ func (e *environment) duration(name, fallback string, low, step time.Duration) t
 	return d
 }
 
+// An origin as browsers write it is in lower case and has no default port (RFC 6454 section 6.2).
+var (
+	originForm  = regexp.MustCompile(`^https?://(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[1-9][0-9]{0,4})?$`)
+	defaultPort = regexp.MustCompile(`^(http://.*):80$|^(https://.*):443$`)
+)
+
 // config reads all variables.
 func (e *environment) config() config {
 	c := config{
@@ -365,11 +371,13 @@ func (e *environment) config() config {
 		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
 	}
 	e.secrets(&c)
-	for item := range strings.SplitSeq(e.text("FRONTEND_URL", ""), ",") {
-		if origin, ok := parseOrigin(strings.TrimSpace(item)); ok {
-			c.origins = append(c.origins, origin)
-		} else if item != "" || len(c.origins) > 0 {
+	frontends := e.text("FRONTEND_URL", "")
+	for item := range strings.SplitSeq(frontends, ",") {
+		origin := strings.TrimSuffix(strings.ToLower(strings.TrimSpace(item)), "/")
+		c.origins = append(c.origins, defaultPort.ReplaceAllString(origin, "$1$2"))
+		if frontends != "" && !originForm.MatchString(origin) {
 			e.fault("FRONTEND_URL", "must be origins such as https://app.example.com, separated by commas")
+			break
 		}
 	}
 	for item := range strings.FieldsFuncSeq(e.getenv("TRUSTED_PROXIES"), func(r rune) bool { return r == ',' || r == ' ' }) {
@@ -382,7 +390,7 @@ func (e *environment) config() config {
 	if c.sameSite == http.SameSiteNoneMode && e.dev {
 		e.fault("COOKIE_SAMESITE", "none needs a secure cookie, which development does not set")
 	}
-	if _, _, err := net.SplitHostPort(c.metricsAddr); c.metricsAddr != "" && err != nil {
+	if _, err := net.ResolveTCPAddr("tcp", c.metricsAddr); c.metricsAddr != "" && err != nil {
 		e.fault("METRICS_ADDR", "must be host:port")
 	}
 	_ = c.logLevel.UnmarshalText([]byte(e.oneOf("LOG_LEVEL", "info", "debug", "warn", "error"))) // oneOf notes a fault
@@ -394,7 +402,8 @@ func (e *environment) config() config {
 func (e *environment) database() *pgxpool.Config {
 	value, size := e.text("DATABASE_URL", ""), e.integer("DB_POOL_SIZE", "", 1, math.MaxInt32)
 	cfg, err := pgxpool.ParseConfig(value)
-	if err != nil || !strings.HasPrefix(value, "postgres") {
+	if err != nil || !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://") ||
+		strings.Contains(cfg.ConnConfig.Database, "@") { // a password with a slash in it, which an error would print
 		if value != "" {
 			e.fault("DATABASE_URL", "must be a PostgreSQL URL, postgres://user:password@host:port/database")
 		}
@@ -421,16 +430,6 @@ func (e *environment) redis() *redis.UniversalOptions {
 		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, or rediss:// for TLS")
 	}
 	return o
-}
-
-// parseOrigin returns an origin as browsers write it: lower case, no default port (RFC 6454 section 6.2).
-func parseOrigin(s string) (origin string, ok bool) {
-	u, err := url.Parse(strings.ToLower(s))
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || strings.Contains(u.Host, "*") ||
-		u.User != nil || u.Path != "" && u.Path != "/" || strings.ContainsAny(s, "?#") {
-		return "", false
-	}
-	return u.Scheme + "://" + strings.TrimSuffix(u.Host, map[string]string{"http": ":80", "https": ":443"}[u.Scheme]), true
 }
 
 // secrets reads the four secrets. They all differ: else a token of one kind would pass for the other.

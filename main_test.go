@@ -868,9 +868,9 @@ func TestEachVariable(t *testing.T) {
 	for name, values := range map[string]struct{ good, bad []string }{
 		"NODE_ENV":                    {[]string{"", "staging", "development"}, []string{"test", "Production"}},
 		"PORT":                        {[]string{"0", "65535"}, []string{"65536", "-1", "3000x", ":3000"}},
-		"DATABASE_URL":                {[]string{"postgres://u:p@h/d", "postgresql://h1:5432,h2:5433/d?target_session_attrs=read-write"}, []string{"host=localhost", "mysql://h/d", "h", "postgres://h:x/d"}},
+		"DATABASE_URL":                {[]string{"postgres://u:p@h/d", "postgresql://h1:5432,h2:5433/d?target_session_attrs=read-write"}, []string{"host=localhost", "mysql://h/d", "h", "postgres://h:x/d", "postgres_x=1 host=h", "postgres://u:1/a-password-with-a-slash-in-it@h/d"}},
 		"DB_POOL_SIZE":                {[]string{"1", "50"}, []string{"0", "-1", "many"}},
-		"FRONTEND_URL":                {[]string{"http://localhost:5173", "https://a.example/, http://b.example:8080"}, []string{"*", "null", "a.example", "ftp://a.example", "https://a.example/path", "https://a.example,*", "https://*.example", "https://a.example?x", "https://u:p@a.example"}},
+		"FRONTEND_URL":                {[]string{"http://localhost:5173", "https://a.example/, http://b.example:8080"}, []string{"*", "null", "a.example", "ftp://a.example", "https://a.example/path", "https://a.example,*", "https://*.example", "https://a.example?x", "https://u:p@a.example", ",", ",https://a.example", "https://a.example:", "https://exämple.com"}},
 		"REDIS_URL":                   {[]string{"redis://h:1", "rediss://u:p@h:1/2", "redis://h:1?addr=h:2&addr=h:3"}, []string{"http://h", "h:6379", "redis://h:1/x"}},
 		"JWT_SECRET":                  {[]string{long, strings.Repeat("é", 32)}, []string{long[1:], strings.Repeat("é", 31), testSecrets["JWT_REFRESH_SECRET"]}},
 		"JWT_REFRESH_SECRET":          {[]string{long}, []string{long[1:], testSecrets["JWT_SECRET"]}},
@@ -888,7 +888,7 @@ func TestEachVariable(t *testing.T) {
 		"COOKIE_SAMESITE":             {[]string{"", "strict", "lax", "none"}, []string{"no"}},
 		"TRUSTED_PROXIES":             {[]string{"10.0.0.0/8, fd00::/8", "127.0.0.1/32"}, []string{"10.0.0.1", "10.0.0.0/33", "proxy", "10.0.0.0/8,x"}},
 		"BCRYPT_COST":                 {[]string{"12", "16"}, []string{"11", "17", "x"}},
-		"METRICS_ADDR":                {[]string{":9090", "127.0.0.1:0", "[::1]:9090"}, []string{"9090", "host"}},
+		"METRICS_ADDR":                {[]string{":9090", "127.0.0.1:0", "[::1]:9090"}, []string{"9090", "host", ":99999", "localhost:x"}},
 		"LOG_LEVEL":                   {[]string{"debug", "info", "warn", "error"}, []string{"loud"}},
 		"SHUTDOWN_TIMEOUT":            {[]string{"1s", "1m"}, []string{"-1s", "10"}},
 	} {

@@ -302,7 +302,7 @@ var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 
 func newMetrics(gauges map[string]func() float64) *metrics {
 	return &metrics{gauges: gauges, counters: map[string]float64{"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0,
 		`latchkey_refresh_total{outcome="rotated"}`: 0, `latchkey_refresh_total{outcome="resent"}`: 0,
-		`latchkey_refresh_total{outcome="reused"}`: 0, `latchkey_refresh_total{outcome="theft"}`: 0}}
+		`latchkey_refresh_total{outcome="reused"}`: 0, `latchkey_refresh_total{outcome="theft"}`: 0, `latchkey_refresh_total{outcome="ended"}`: 0}}
 }
 
 func (m *metrics) add(series string, n float64) {

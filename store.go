@@ -369,7 +369,7 @@ func parseMigrations(schema string) (steps []migration) {
 // migrate applies what of the schema has not been applied: all of it or, on an error, nothing. With apply false it
 // changes nothing. It returns every step; one on record that is unknown or has another text is an error.
 func migrate(ctx context.Context, database *pgx.ConnConfig, schema string, apply bool) ([]migration, error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	conn, err := pgx.ConnectConfig(ctx, database)
 	if err != nil {
@@ -382,8 +382,8 @@ func migrate(ctx context.Context, database *pgx.ConnConfig, schema string, apply
 	}
 	// One replica at a time, the others wait. The number is any that nobody else uses.
 	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171);
-		CREATE TABLE IF NOT EXISTS schema_migrations (version text PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,
-			applied_at timestamptz NOT NULL DEFAULT now())`); err != nil {
+		DO $$ BEGIN IF to_regclass('schema_migrations') IS NULL THEN CREATE TABLE schema_migrations (version text PRIMARY KEY,
+			name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now()); END IF; END $$`); err != nil {
 		return nil, err
 	}
 	rows, _ := tx.Query(ctx, `SELECT version, name, '', checksum, to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')

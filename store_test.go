@@ -6,12 +6,14 @@ package main
 import (
 	"fmt"
 	"io"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
 )
 
 // ---- migrations
@@ -170,6 +172,29 @@ func TestMigrateCommand(t *testing.T) {
 const rounds = 10
 
 // replicas are two servers on the same stores.
+// The server's role needs no more than to read and write rows, once someone else has migrated.
+func TestServesWithoutDDLRights(t *testing.T) {
+	role := "latchkey_test_" + strings.ReplaceAll(newUUID(), "-", "")
+	t.Cleanup(func() { // once the database is gone, and what the role may do there
+		if err := onServer(`DROP ROLE IF EXISTS ` + role); err != nil {
+			t.Error(err)
+		}
+	})
+	database := newDatabase(t)
+	if err := command(t, t.Context(), map[string]string{"DATABASE_URL": database}, io.Discard, "migrate"); err != nil {
+		t.Fatal(err)
+	}
+	execSQL(t, database, `CREATE ROLE `+role+` LOGIN PASSWORD 'some password';
+		REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+		GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO `+role)
+	u, err := url.Parse(database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.User = url.UserPassword(role, "some password")
+	want(t, signedUp(start(t, map[string]string{"DATABASE_URL": u.String()})).login(), 200, "")
+}
+
 func replicas(t testing.TB, env map[string]string) []*server {
 	return []*server{start(t, env), start(t, env)}
 }
@@ -520,6 +545,61 @@ func TestRehashAtLogin(t *testing.T) {
 // ---- a store that does not answer
 
 // While PostgreSQL is away no refresh token is used up, and what needs only Redis goes on.
+func userOf(t testing.TB, c *client) string {
+	uid, _ := payload(t, c.access)["userId"].(string)
+	return uid
+}
+
+// Whoever revokes all of a user's sessions finds them by the index: what cannot enter it is not prolonged.
+func TestRefreshNeedsTheIndex(t *testing.T) {
+	s, rdb := start(t, nil), redisClient(t)
+	s.expect("500")
+	c := signedUp(s)
+	index := "user-sessions:{" + userOf(t, c) + "}"
+	if err := rdb.Rename(t.Context(), index, index+"-away").Err(); err != nil {
+		t.Fatal(err)
+	}
+	if err := rdb.Set(t.Context(), index, "no index", time.Minute).Err(); err != nil {
+		t.Fatal(err)
+	}
+	want(t, c.refresh(), 500, "internal")
+	if err := rdb.Del(t.Context(), index, index+"-away").Err(); err != nil {
+		t.Fatal(err)
+	}
+	want(t, c.refresh(), 200, "") // the token was not used up, and the lost index is whole again
+	want(t, c.device().login(), 200, "")
+	want(t, c.do("DELETE", "/auth/sessions", nil), 200, "")
+	wantDead(t, []*server{s}, c)
+}
+
+// Who knows the password can open any number of sessions; the owner can still see and end them.
+func TestManySessions(t *testing.T) {
+	s, rdb := start(t, nil), redisClient(t)
+	c := signedUp(s)
+	const many = 1300
+	dump, err := rdb.Dump(t.Context(), "session:{"+sessionOf(t, c.access)+"}").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := rdb.Pipelined(t.Context(), func(pipe redis.Pipeliner) error {
+		for range many {
+			sid := newUUID()
+			pipe.Restore(t.Context(), "session:{"+sid+"}", time.Minute, dump)
+			pipe.ZAdd(t.Context(), "user-sessions:{"+userOf(t, c)+"}", redis.Z{Score: float64(time.Now().Unix() + 60), Member: sid})
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if r := c.do("GET", "/auth/sessions", nil); len(r.body["sessions"].([]any)) != many+1 {
+		t.Errorf("%d sessions are listed", len(r.body["sessions"].([]any)))
+	}
+	want(t, c.do("PUT", "/auth/password", newPassword(c)), 200, "")
+	if r := c.do("GET", "/auth/sessions", nil); len(r.body["sessions"].([]any)) != 1 {
+		t.Errorf("%d sessions are left", len(r.body["sessions"].([]any)))
+	}
+}
+
 func TestPostgresOutage(t *testing.T) {
 	proxy, database := postgresProxy(t)
 	s := start(t, map[string]string{"DATABASE_URL": database})

@@ -64,7 +64,7 @@ end
 local bound = string.find(s.password, ARGV[5], 1, true)
 if s.token ~= ARGV[3] then
   local last = s.previous == ARGV[3]
-  local exchanged = redis.call('GET', blacklist(ARGV[3])) or (last and s.exchanged)
+  local exchanged = tonumber(redis.call('GET', blacklist(ARGV[3])) or (last and s.exchanged))
   if not exchanged or now - exchanged > tonumber(ARGV[8]) then return finish('theft') end
   if ARGV[9] ~= '1' or not last then return {'reused'} end
   if bound then return {'resent', s.token, s.iat, s.exp} end

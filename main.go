@@ -36,6 +36,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -197,7 +198,6 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb redis.Univer
 	store.db, store.rdb = db, rdb
 	a := &auth{store: &store, hasher: hasher, logins: &limiter{rdb, cfg.loginMax, cfg.loginWindow}, metrics: metrics, log: log,
 		access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL, secureCookie: cfg.env != "development", sameSite: cfg.sameSite}
-
 	mux, methods, sameOrigin := http.NewServeMux(), map[string][]string{}, refuseCrossOrigin(cfg.origins)
 	route := func(method, path string, h http.Handler) {
 		mux.Handle(method+" "+path, sameOrigin(h))
@@ -411,6 +411,7 @@ func (e *environment) database() *pgxpool.Config {
 	}
 	cfg.MaxConns = int32(size)
 	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, postgresTimeout)
+	maps.DeleteFunc(cfg.ConnConfig.RuntimeParams, func(name, _ string) bool { return strings.EqualFold(name, "timezone") })
 	cfg.ConnConfig.RuntimeParams["timezone"] = "UTC"
 	return cfg
 }

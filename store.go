@@ -78,10 +78,11 @@ func (s *store) ready(ctx context.Context) (postgres, redis error) {
 // resources, shutdown and a primary become a standby; any other is a fault. This file's own errors pass.
 func postgresError(operation string, err error) error {
 	var pg *pgconn.PgError
+	var scan pgx.ScanArgError
 	switch {
 	case err == nil, errors.Is(err, errUnavailable), errors.Is(err, errEmailExists):
 		return err
-	case errors.As(err, &pg) && !slices.Contains([]string{"08", "53", "57"}, pg.Code[:2]) && pg.Code != "25006":
+	case errors.As(err, &scan), errors.As(err, &pg) && !slices.Contains([]string{"08", "53", "57"}, pg.Code[:2]) && pg.Code != "25006":
 		return fmt.Errorf("%s: %v", operation, err)
 	}
 	return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
@@ -188,7 +189,6 @@ func (s *store) replaceHash(ctx context.Context, u user, hash, sid string) error
 	}, `UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
 }
 
-// deleteUser deletes the row and revokes all sessions.
 func (s *store) deleteUser(ctx context.Context, u user, sid string) error {
 	return s.alter(ctx, u, func(ctx context.Context) error { return s.revokeAll(ctx, u.ID, sid, "") },
 		`DELETE FROM users WHERE id = $1::uuid AND password_hash = $2`)

@@ -22,7 +22,6 @@ import (
 
 const maxBodyBytes, maxPasswordBytes = 100 << 10, 72 // which is all that bcrypt reads
 
-// auth is what the handlers decide with.
 type auth struct {
 	store           *store
 	logins          *limiter
@@ -55,7 +54,6 @@ func verify(r *http.Request, k keys, token string) (claims, error) {
 	return c, err
 }
 
-// refreshCookie returns the refresh token, "" if there is none.
 func refreshCookie(r *http.Request) string {
 	if cookie, err := r.Cookie("refreshToken"); err == nil {
 		return cookie.Value

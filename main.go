@@ -188,15 +188,15 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-// newHandler wires the parts and lists all routes.
+// newHandler wires the parts, lists all routes and shows the order of what a request passes.
 func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb redis.UniversalClient, draining *atomic.Bool) (http.Handler, *metrics, error) {
 	hasher, err := newHasher(processors(), cfg.bcryptCost)
 	if err != nil {
 		return nil, nil, err
 	}
-	store, metrics := cfg.store, newMetrics(gauges(hasher, db, rdb))
-	store.db, store.rdb = db, rdb
-	a := &auth{store: &store, hasher: hasher, logins: &limiter{rdb, cfg.loginMax, cfg.loginWindow}, metrics: metrics, log: log,
+	metrics := newMetrics(gauges(hasher, db, rdb))
+	cfg.store.db, cfg.store.rdb = db, rdb
+	a := &auth{store: &cfg.store, hasher: hasher, logins: &limiter{rdb, cfg.loginMax, cfg.loginWindow}, metrics: metrics, log: log,
 		access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL, secureCookie: cfg.env != "development", sameSite: cfg.sameSite}
 	mux, methods, sameOrigin := http.NewServeMux(), map[string][]string{}, refuseCrossOrigin(cfg.origins)
 	route := func(method, path string, h http.Handler) {
@@ -216,7 +216,7 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb redis.Univer
 	route("GET", "/healthz", handle(func(w http.ResponseWriter, _ *http.Request) error {
 		return reply(w, nil, body{"status": "ok"})
 	}))
-	route("GET", "/readyz", readiness(&store, draining))
+	route("GET", "/readyz", readiness(a.store, draining))
 	for path, allowed := range methods { // any other method: RFC 9110 section 15.5.6
 		if slices.Contains(allowed, "GET") {
 			allowed = append(allowed, "HEAD")
@@ -227,16 +227,21 @@ func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb redis.Univer
 			return fail("method_not_allowed")
 		}))
 	}
-	asWritten := handle(func(w http.ResponseWriter, r *http.Request) error {
-		// The mux alone would redirect to another spelling of a path, or take it for this one.
-		if _, pattern := mux.Handler(r); pattern == "" || r.URL.Path != path.Clean("/"+r.URL.Path) || r.URL.Path != r.URL.EscapedPath() {
+	limits := &limiter{rdb, cfg.rateMax, cfg.rateWindow}
+	inner := cors(cfg.origins)(rateLimit(limits, metrics)(handle(func(w http.ResponseWriter, r *http.Request) error {
+		if r.Pattern == "" {
 			return fail("not_found")
 		}
 		mux.ServeHTTP(w, r)
 		return nil
-	})
-	limited := rateLimit(&limiter{rdb, cfg.rateMax, cfg.rateWindow}, metrics)(asWritten)
-	return observe(log, metrics, cfg.trustedProxies)(cors(cfg.origins)(limited)), metrics, nil
+	})))
+	return observe(log, metrics, cfg.trustedProxies)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Noted here for the log of what does not reach the mux, which would redirect to another spelling of a path.
+		if p := r.URL.Path; p == path.Clean("/"+p) && p == r.URL.EscapedPath() {
+			_, r.Pattern = mux.Handler(r)
+		}
+		inner.ServeHTTP(w, r)
+	})), metrics, nil
 }
 
 // readiness answers whether both stores do, and whether the process means to stay.
@@ -346,7 +351,6 @@ var (
 	defaultPort = regexp.MustCompile(`^(http://.*):80$|^(https://.*):443$`)
 )
 
-// config reads all variables.
 func (e *environment) config() config {
 	c := config{
 		env:         e.oneOf("NODE_ENV", "production", "staging", "development"),

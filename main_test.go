@@ -1087,6 +1087,9 @@ func TestRateLimit(t *testing.T) {
 		c := newClient(s)
 		exhaust(t, c)
 		want(t, newClient(s).me(), 401, "missing_token")
+		s.log.await(t, func(line logLine) bool { // what was refused is on record, although it never got there
+			return line["ip"] == c.ip && line["status"] == "429" && line["route"] == "GET /auth/me"
+		})
 	})
 	t.Run("the window ends", func(t *testing.T) {
 		c := newClient(s)

@@ -94,7 +94,6 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	_ = writeJSON(w, response.status, told)
 }
 
-// body is a JSON object to answer with.
 type body map[string]any
 
 // writeJSON encodes v before it writes the status: an answer is whole, or none and an error.
@@ -171,7 +170,6 @@ func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Add
 	return ip
 }
 
-// recorder remembers the status of a response.
 type recorder struct {
 	http.ResponseWriter
 	status int

@@ -17,6 +17,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // ---- tokens, made and read without the server's code
@@ -1258,5 +1260,26 @@ func TestRedisKeys(t *testing.T) {
 	want(t, c.logout(), 200, "")
 	if n := rdb.Exists(t.Context(), fmt.Sprintf("session:{%s}", claims["sid"])).Val(); n != 0 {
 		t.Error("the session is still there")
+	}
+}
+
+// A hash may be of any cost that bcrypt knows, up to days; whoever wrote it, a login does not wait for it.
+func TestCostlyHashIsNoHash(t *testing.T) {
+	h, err := newHasher(1, bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan bool)
+	go func() {
+		ok, err := h.matches(t.Context(), "$2b$31$MeMND/z2k0ryfi5Wj2dMquCHgKc3.odEL4BfBAEltIRyxhHzG/LZ.", "some password")
+		done <- ok || err != nil
+	}()
+	select {
+	case failed := <-done:
+		if failed {
+			t.Error("it was taken for a hash")
+		}
+	case <-time.After(time.Minute):
+		t.Error("it is being computed")
 	}
 }

@@ -14,7 +14,7 @@
 // A session is a Redis hash that names the one refresh token it honours. A refresh exchanges that for the next in one
 // Lua script: of any number of simultaneous ones a single one wins, on any number of replicas. An exchanged token shown
 // again is a race within the leeway, and after it theft, which ends the session. An access token names its session and is
-// refused once that is gone. Only logins make sessions, so nothing brings one back. A session is bound to a digest of
+// refused once that is gone. Only a password makes one, so nothing brings it back. A session is bound to a digest of
 // its password hash: a password changed by any means, plain SQL among them, ends it at its next refresh.
 //
 //	guessing        bcrypt; limits per account and IP, and per account; no common passwords
@@ -416,7 +416,7 @@ func (e *environment) database() *pgxpool.Config {
 	cfg.MaxConns = int32(size)
 	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, postgresTimeout)
 	maps.DeleteFunc(cfg.ConnConfig.RuntimeParams, func(name, _ string) bool { return strings.EqualFold(name, "timezone") })
-	cfg.ConnConfig.RuntimeParams["timezone"] = "UTC"
+	cfg.ConnConfig.RuntimeParams["timezone"], cfg.ConnConfig.RuntimeParams["client_encoding"] = "UTC", "UTF8"
 	return cfg
 }
 

@@ -71,10 +71,10 @@ var sharedDatabase = sync.OnceValues(func() (string, error) {
 })
 
 // newDatabase makes an empty database for one test and returns its URL.
-func newDatabase(t testing.TB) string {
+func newDatabase(t testing.TB, options ...string) string {
 	t.Helper()
 	name := "latchkey_test_" + strings.ToLower(rand.Text())
-	if err := onServer("CREATE DATABASE " + name); err != nil {
+	if err := onServer("CREATE DATABASE " + name + " " + strings.Join(options, " ")); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

@@ -23,5 +23,4 @@ BEGIN
             'SELECT lower(email COLLATE "C"), array_agg(id), array_agg(email) FROM users GROUP BY 1 HAVING count(*) > 1;';
     END IF;
 END $$;
--- A large table's owner may build it beforehand, CONCURRENTLY: here it locks out writes for as long as it takes.
-CREATE UNIQUE INDEX IF NOT EXISTS users_email_lower_key ON users (lower(email COLLATE "C"));
+CREATE UNIQUE INDEX users_email_lower_key ON users (lower(email COLLATE "C"));

@@ -110,7 +110,6 @@ const (
 	byEmail     = `lower(email COLLATE "C") = $1`
 )
 
-// findUser returns the user, or errNoUser.
 func (s *store) findUser(ctx context.Context, by, key string) (u user, err error) {
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
@@ -170,7 +169,7 @@ func (s *store) openSession(ctx context.Context, u user, sid, jti string, from d
 }
 
 // replaceHash replaces the password hash of u. Session sid goes on and all others are revoked; without sid those that
-// were bound to the old hash go on. If a store fails on the way, the password stays as it was.
+// were bound to the old hash go on. What fails on the way may have ended sessions, but leaves none that should end.
 func (s *store) replaceHash(ctx context.Context, u user, hash, sid string) error {
 	return s.alter(ctx, u, func(ctx context.Context) error {
 		old := digest(u.PasswordHash)
@@ -334,19 +333,21 @@ func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
 // runEach runs the script on each of the sessions, 500 in a round trip, and returns what each answered.
 func (s *store) runEach(ctx context.Context, operation string, sids []string, args ...any) (replies [][]string, err error) {
 	for some := range slices.Chunk(sids, 500) {
-		cmds, pipeErr := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+		cmds, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
 			for _, sid := range some {
 				sessionScript.Eval(ctx, pipe, []string{sessionKey(sid)}, append([]any{operation}, args...)...)
 			}
 			return nil
 		})
+		if err != nil {
+			return nil, redisError(operation, err)
+		}
 		for _, cmd := range cmds {
-			reply, _ := cmd.(*redis.Cmd).StringSlice() // its error is in pipeErr
+			reply, _ := cmd.(*redis.Cmd).StringSlice() // its error was among err
 			replies = append(replies, reply)
 		}
-		err = cmp.Or(err, pipeErr)
 	}
-	return replies, redisError(operation, err)
+	return replies, nil
 }
 
 //go:embed schema.sql

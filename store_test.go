@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
@@ -72,6 +73,18 @@ func TestAdoptDrizzleTable(t *testing.T) {
 }
 
 // Which of two rows is the user's is not for a program to say.
+// What a database calls é is its own affair: the address is the one that was sent.
+func TestLatin1Database(t *testing.T) {
+	database := newDatabase(t, "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+	c := newClient(start(t, map[string]string{"DATABASE_URL": database}))
+	c.email = "é" + c.email
+	want(t, c.signup(), 201, "")
+	want(t, c.login(), 200, "")
+	if got, want := queryText(t, database, "SELECT char_length(email)::text FROM users"), fmt.Sprint(utf8.RuneCountInString(c.email)); got != want {
+		t.Errorf("the address has %s characters in the table, and %s as it was sent", got, want)
+	}
+}
+
 // A row that cannot be read is a fault of the table's, and no outage that a client should wait for.
 func TestUnreadableRow(t *testing.T) {
 	database := newDatabase(t)
@@ -586,6 +599,25 @@ func TestRefreshNeedsTheIndex(t *testing.T) {
 	want(t, c.device().login(), 200, "")
 	want(t, c.do("DELETE", "/auth/sessions", nil), 200, "")
 	wantDead(t, []*server{s}, c)
+}
+
+// A logout that failed leaves the cookie where it is, for the session may live.
+func TestFailedLogoutKeepsTheCookie(t *testing.T) {
+	s, rdb := start(t, nil), redisClient(t)
+	s.expect("500")
+	c := signedUp(s)
+	key := "session:{" + sessionOf(t, c.access) + "}"
+	if err := rdb.Del(t.Context(), key).Err(); err != nil {
+		t.Fatal(err)
+	}
+	if err := rdb.Set(t.Context(), key, "no session", time.Minute).Err(); err != nil {
+		t.Fatal(err)
+	}
+	r := c.logout()
+	want(t, r, 500, "internal")
+	if got := r.header["Set-Cookie"]; got != nil {
+		t.Errorf("Set-Cookie: %q", got)
+	}
 }
 
 // Who knows the password can open any number of sessions; the owner can still see and end them.

@@ -110,6 +110,7 @@ func TestMetrics(t *testing.T) {
 	}{
 		{"latchkey_http_requests_total", map[string]string{"route": "GET /auth/me", "method": "GET", "status": "200"}, 1},
 		{"latchkey_http_requests_total", map[string]string{"route": "GET /auth/me", "method": "GET", "status": "401"}, 20},
+		{"latchkey_http_requests_total", map[string]string{"route": "GET /auth/me", "method": "GET", "status": "429"}, 1},
 		{"latchkey_http_requests_total", map[string]string{"route": "DELETE /auth/sessions/{id}", "method": "DELETE", "status": "404"}, 1},
 		{"latchkey_http_requests_total", map[string]string{"route": "POST /auth/signup", "method": "POST", "status": "201"}, 1},
 		{"latchkey_rate_limited_total", nil, 1},
@@ -118,7 +119,7 @@ func TestMetrics(t *testing.T) {
 		{"latchkey_refresh_total", map[string]string{"outcome": "reused"}, 1},
 		{"latchkey_refresh_total", map[string]string{"outcome": "theft"}, 1},
 		{"latchkey_http_request_duration_seconds", map[string]string{"route": "POST /auth/signup"}, 1},
-		{"latchkey_http_request_duration_seconds", map[string]string{"route": "GET /auth/me"}, 21},
+		{"latchkey_http_request_duration_seconds", map[string]string{"route": "GET /auth/me"}, 22},
 	} {
 		if more := value(after, x.name, x.labels) - value(before, x.name, x.labels); more != x.more {
 			t.Errorf("%s%v went up by %v, want %v", x.name, x.labels, more, x.more)

@@ -102,8 +102,7 @@ type object map[string]string
 func (o object) text(name string, err *error) string {
 	value := cmp.Or(o[name], `""`)
 	if value[0] != '"' {
-		*err = errJSON
-		return ""
+		*err, value = errJSON, `""`
 	}
 	return unquote(value)
 }
@@ -149,9 +148,10 @@ func readObject(data []byte) (object, error) {
 				if _, twice := inner[key]; twice {
 					return nil, errJSON
 				}
-				inner[key], isName = "", false
-				if len(open) == 1 {
+				if isName = false; len(open) == 1 {
 					name, start = key, i+2+strings.IndexByte(text[i+1:], ':')
+				} else {
+					inner[key] = "" // its value is of no interest
 				}
 			}
 		case '{':

@@ -99,8 +99,10 @@ func input(w http.ResponseWriter, r *http.Request, want checks) (map[string]stri
 	for name, check := range want {
 		if values[name] = members.text(name, &err); values[name] == "" {
 			details[name] = "This field is required"
-		} else if check != nil && check(values[name]) != "" {
-			details[name] = check(values[name])
+		} else if check != nil {
+			if fault := check(values[name]); fault != "" {
+				details[name] = fault
+			}
 		}
 	}
 	switch {

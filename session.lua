@@ -6,19 +6,21 @@ local time = redis.call('TIME')
 local at, now = tonumber(time[1]), time[1] * 1000 + math.floor(time[2] / 1000)
 
 -- KEYS: not a session but the user's index of them. ARGV: session id, seconds until it expires. Enters the session,
--- drops what has expired and keeps the index as long as the longest. Returns now.
+-- drops what has expired and keeps the index as long as the longest.
 if ARGV[1] == 'index' then
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', at)
   redis.call('ZADD', KEYS[1], at + ARGV[3], ARGV[2])
-  redis.call('EXPIREAT', KEYS[1], redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2])
-  return now
+  return redis.call('EXPIREAT', KEYS[1], redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2])
 end
 
--- ARGV: user, token, now, iat, exp, ip, user agent, digest of the password hash.
+-- 'start' and, further down, 'rotate'. ARGV: user, digest of the password hash, seconds of a refresh token, seconds of a
+-- session, ip, user agent, token that the session shall honour. Return what came of it and that token's iat and exp.
 if ARGV[1] == 'start' then
-  redis.call('HSET', KEYS[1], 'user', ARGV[2], 'token', ARGV[3], 'created', ARGV[4], 'used', ARGV[4],
-    'iat', ARGV[5], 'exp', ARGV[6], 'ip', ARGV[7], 'agent', ARGV[8], 'password', ARGV[9])
-  return redis.call('EXPIREAT', KEYS[1], ARGV[6])
+  local till = at + math.min(ARGV[4], ARGV[5])
+  redis.call('HSET', KEYS[1], 'user', ARGV[2], 'password', ARGV[3], 'ip', ARGV[6], 'agent', ARGV[7], 'token', ARGV[8],
+    'created', now, 'used', now, 'iat', at, 'exp', till)
+  redis.call('EXPIREAT', KEYS[1], till)
+  return {'started', ARGV[8], tostring(at), tostring(till)}
 end
 
 -- The rest is about a session that is there and, ARGV: user, that user's.
@@ -55,24 +57,22 @@ if ARGV[1] == 'revoke' then
   return finish('revoked')
 end
 
--- 'rotate'. ARGV: token shown, next token, digest of the password hash, seconds of a refresh token, seconds of a
--- session, leeway in ms, '1' to resend, ip, user agent. Returns what came of it and, where there is one, the session's
--- token with its iat and exp.
+-- 'rotate'. ARGV: as for 'start', and the token shown, leeway in ms, '1' to resend.
 --
 -- The session alone says which token is alive, so a lost blacklist entry revives nothing. The entry, else the
 -- session's memory of its last exchange, says when a dead one was exchanged.
-local bound = string.find(s.password, ARGV[5], 1, true)
-if s.token ~= ARGV[3] then
-  local last = s.previous == ARGV[3]
-  local exchanged = tonumber(redis.call('GET', blacklist(ARGV[3])) or (last and s.exchanged))
-  if not exchanged or now - exchanged > tonumber(ARGV[8]) then return finish('theft') end
-  if ARGV[9] ~= '1' or not last then return {'reused'} end
+local bound = string.find(s.password, ARGV[3], 1, true)
+if s.token ~= ARGV[9] then
+  local last = s.previous == ARGV[9]
+  local exchanged = tonumber(redis.call('GET', blacklist(ARGV[9])) or (last and s.exchanged))
+  if not exchanged or now - exchanged > tonumber(ARGV[10]) then return finish('theft') end
+  if ARGV[11] ~= '1' or not last then return {'reused'} end
   if bound then return {'resent', s.token, s.iat, s.exp} end
 end
-local till = math.min(at + ARGV[6], math.floor(s.created / 1000) + ARGV[7])
+local till = math.min(at + ARGV[4], math.floor(s.created / 1000) + ARGV[5])
 if not bound or till <= at then return finish('ended') end
 kill()
-redis.call('HSET', KEYS[1], 'token', ARGV[4], 'iat', at, 'exp', till, 'used', now,
-  'previous', s.token, 'exchanged', now, 'ip', ARGV[10], 'agent', ARGV[11])
+redis.call('HSET', KEYS[1], 'token', ARGV[8], 'iat', at, 'exp', till, 'used', now,
+  'previous', s.token, 'exchanged', now, 'ip', ARGV[6], 'agent', ARGV[7])
 redis.call('EXPIREAT', KEYS[1], till)
-return {'rotated', ARGV[4], tostring(at), tostring(till)}
+return {'rotated', ARGV[8], tostring(at), tostring(till)}

@@ -46,7 +46,7 @@ type device struct{ IP, UserAgent string }
 type grant struct {
 	SessionID, TokenID  string
 	IssuedAt, ExpiresAt int64
-	Outcome             string // of a rotation: rotated, resent, reused, theft, ended
+	Outcome             string // started, or of a rotation: rotated, resent, reused, theft, ended
 }
 
 // session is a living session as its owner sees it.
@@ -220,36 +220,28 @@ func digest(hash string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// index enters the session in its user's index for seconds, as long as a refresh token can last, and returns Redis' time
-// in ms. Whatever makes or prolongs a session does this first: who revokes all of a user's sessions misses none.
-func (s *store) index(ctx context.Context, uid, sid string) (now, seconds int64, err error) {
-	seconds = int64(min(s.refreshTTL, s.sessionTTL) / time.Second)
-	now, err = sessionScript.Run(ctx, s.rdb, []string{indexKey(uid)}, "index", sid, seconds).Int64()
-	return now, seconds, redisError("index session", err)
-}
-
 // startSession writes the session and returns its first refresh token.
 func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
-	now, ttl, err := s.index(ctx, u.ID, sid)
-	g := grant{SessionID: sid, TokenID: jti, IssuedAt: now / 1000, ExpiresAt: now/1000 + ttl}
-	if err == nil {
-		err = sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, "start", u.ID, jti, now, g.IssuedAt, g.ExpiresAt,
-			from.IP, from.UserAgent, digest(u.PasswordHash)).Err()
-	}
-	return g, redisError("start session", err)
+	return s.advance(ctx, u, sid, "start", from.IP, from.UserAgent, jti)
 }
 
 // rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session now
 // honours; errReused or, past the leeway, errTheft for one that was exchanged before; errEnded if the session is over.
 func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
-	if _, _, err := s.index(ctx, u.ID, sid); err != nil {
-		return grant{}, err
+	return s.advance(ctx, u, sid, "rotate", from.IP, from.UserAgent, next, jti, s.leeway.Milliseconds(), s.resend)
+}
+
+// advance starts or rotates session sid. Whatever makes or prolongs a session enters it in its user's index first, for as
+// long as a refresh token can last: so who revokes all of a user's sessions misses none.
+func (s *store) advance(ctx context.Context, u user, sid, operation string, args ...any) (grant, error) {
+	refresh, whole := int64(s.refreshTTL/time.Second), int64(s.sessionTTL/time.Second)
+	if err := sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, min(refresh, whole)).Err(); err != nil {
+		return grant{}, redisError("index session", err)
 	}
-	reply, err := sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)}, "rotate", u.ID, jti, next, digest(u.PasswordHash),
-		int64(s.refreshTTL/time.Second), int64(s.sessionTTL/time.Second), s.leeway.Milliseconds(), s.resend,
-		from.IP, from.UserAgent).StringSlice()
+	reply, err := sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)},
+		append([]any{operation, u.ID, digest(u.PasswordHash), refresh, whole}, args...)...).StringSlice()
 	if err != nil {
-		return grant{}, redisError("rotate", err)
+		return grant{}, redisError(operation+" session", err)
 	}
 	g := grant{SessionID: sid, Outcome: reply[0]}
 	switch g.Outcome {
@@ -261,7 +253,7 @@ func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from 
 		return g, errTheft
 	}
 	if _, err := fmt.Sscan(strings.Join(reply[1:], " "), &g.TokenID, &g.IssuedAt, &g.ExpiresAt); err != nil {
-		return grant{}, fmt.Errorf("rotate: unexpected reply %q", reply)
+		return grant{}, fmt.Errorf("%s session: unexpected reply %q", operation, reply)
 	}
 	return g, nil
 }

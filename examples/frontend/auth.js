@@ -107,9 +107,12 @@ export function createAuth({ baseURL }) {
       if (token !== stale) return;
       const exchange = () => json(open, 'POST', '/auth/refresh');
       try {
-        const { accessToken } = await exchange().catch((error) => {
+        const { accessToken } = await exchange().catch(async (error) => {
           if (error.code !== 'refresh_reused') throw error;
-          return exchange(); // a race was lost to someone without the lock, and the cookie is the new one by now
+          // A race was lost to someone without the lock, as a page of another origin is. The new cookie comes with the
+          // answer that they get, which may still be on its way.
+          await new Promise((resolve) => { setTimeout(resolve, 1000); });
+          return exchange();
         });
         announce(accessToken);
       } catch (error) {

@@ -5,7 +5,7 @@
  *
  *     const auth = createAuth({ baseURL: 'https://api.example.com' });
  *     auth.onchange((user) => render(user));     // {id, email} or null, in every tab
- *     await auth.resume();                       // still logged in from last time?
+ *     render(await auth.resume());               // still logged in from last time?
  *     await auth.login(email, password);
  *     const res = await auth.fetch('/auth/me');  // fetch with the token, refreshed when that is due
  *
@@ -16,8 +16,8 @@
 
 /**
  * What the server, or the way to it, had against a request: switch on `code`, show `message`, put `details` (field name
- * to message) next to the fields, and wait `retryAfter` seconds if it is not 0. `code` is `network` and `status` 0 where
- * no answer came, which is also all that a script is told when CORS refuses its origin.
+ * to message) next to the fields, and wait `retryAfter` seconds if it is not 0. Without an answer `status` is 0 and `code`
+ * is `network`, which is also all that a script is told when CORS refuses its origin, or `user_changed`.
  */
 export class AuthError extends Error {
   constructor({ error = 'The server cannot be reached', code = 'network', details = {}, requestId }, response) {
@@ -59,7 +59,8 @@ export function createAuth({ baseURL }) {
     claims = next && claimsOf(next);
     // At nine tenths of its life, counted from now: the clocks of browser and server need not agree.
     due = claims ? Date.now() + (claims.exp - claims.iat) * 900 : 0;
-    if (claims?.userId !== before) listeners.forEach((listener) => listener(user()));
+    if (claims?.userId === before) return;
+    listeners.forEach((listener) => queueMicrotask(() => listener(user()))); // what they throw is nobody else's
   }
 
   /** Does the same in the other tabs, which share the cookie and so the session. */
@@ -78,7 +79,7 @@ export function createAuth({ baseURL }) {
   });
 
   /**
-   * Whatever changes the cookie holds this lock, so that no answer overtakes another one's cookie; and it first hears what
+   * Whatever sets the cookie holds this lock, so that no answer overtakes another one's cookie; and it first hears what
    * the tab that had the lock before has to say, for the lock may be quicker than the message.
    */
   const locked = (work) => navigator.locks.request(lock, () => listen().then(work));
@@ -89,16 +90,17 @@ export function createAuth({ baseURL }) {
 
   /** JSON there and back through `send`; any answer but 2xx becomes an AuthError. */
   async function json(send, method, path, body, headers = {}) {
-    const init = { method, headers, signal: AbortSignal.timeout(15_000) }; // a hanging request must not keep the lock
+    // A page that is left must not lose the new cookie; a request that hangs must not keep the lock.
+    const init = { method, headers, keepalive: true, signal: AbortSignal.timeout(15_000) };
     if (body) {
       init.body = JSON.stringify(body);
       init.headers = { ...headers, 'Content-Type': 'application/json' };
     }
-    const response = await send(path, init).catch((error) => {
-      throw error instanceof AuthError ? error : new AuthError({});
-    });
-    if (response.ok) return response.json();
-    throw new AuthError(await response.json().catch(() => ({ error: `HTTP ${response.status}`, code: 'unknown' })), response);
+    const lost = (error) => { throw error instanceof AuthError ? error : new AuthError({}); };
+    const response = await send(path, init).catch(lost);
+    if (response.ok) return response.json().catch(lost);
+    const said = await response.json().catch(() => null); // by a proxy, maybe, in a form of its own
+    throw new AuthError({ error: `HTTP ${response.status}`, code: 'unknown', ...said }, response);
   }
 
   /** Exchanges the refresh cookie, unless the token in hand is no longer `stale`: then another tab has just done it. */
@@ -116,7 +118,8 @@ export function createAuth({ baseURL }) {
         });
         announce(accessToken);
       } catch (error) {
-        if (error.status === 401 && token === stale) adopt(null);
+        // Of a lost race only this tab knows; any other 401 has cleared the cookie of all.
+        if (error.status === 401 && token === stale) (error.code === 'refresh_reused' ? adopt : announce)(null);
         throw error;
       }
     }).finally(() => { refreshing = null; });
@@ -126,12 +129,18 @@ export function createAuth({ baseURL }) {
   /**
    * `fetch` with the access token, for paths of the server. Refreshes before the token runs out, and when the server
    * refuses it; `init.body` may have to be sent twice, so it must not be a stream. Like `fetch` it resolves to whatever
-   * answer comes, and rejects where none does; with an AuthError if that was a refresh, as when nobody is logged in.
+   * answer comes, and rejects where none does; with an AuthError if that was a refresh, as when nobody is logged in, or if
+   * that found somebody else logged in: what one user asked for is never sent as another.
    */
   async function authFetch(path, init = {}) {
     const url = new URL(path, base);
     if (url.origin !== base.origin) throw new TypeError(`auth.fetch sends the token to ${base.origin} only`);
-    if (Date.now() >= due) await refresh(token);
+    const before = claims?.userId;
+    const renew = async (stale) => {
+      await refresh(stale);
+      if (before && claims?.userId !== before) throw new AuthError({ error: 'Somebody else is logged in now', code: 'user_changed' });
+    };
+    if (Date.now() >= due) await renew(token);
     const send = () => {
       const headers = new Headers(init.headers);
       if (token) headers.set('Authorization', `Bearer ${token}`);
@@ -143,7 +152,7 @@ export function createAuth({ baseURL }) {
     const { code } = await response.clone().json().catch(() => ({}));
     // A revoked session may be an older one: if the cookie is of a newer login, the refresh carries on with that.
     if (!['token_expired', 'invalid_token', 'session_revoked'].includes(code)) return response;
-    await refresh(used);
+    await renew(used);
     return send();
   }
 
@@ -154,6 +163,9 @@ export function createAuth({ baseURL }) {
     announce(accessToken);
     return user;
   });
+
+  // A page that comes back from the history as it was left may have missed what the other tabs said.
+  addEventListener('pageshow', ({ persisted }) => { if (persisted) refresh(token).catch(() => {}); });
 
   return {
     /** Who is logged in: `{id, email}`, or null. */

@@ -9,7 +9,6 @@ const $ = (selector, root = document) => root.querySelector(selector);
 const say = (text) => { $('#status').textContent = text; };
 
 let wasIn = false; // is someone logged in, as far as the page shows
-let leaving = ''; // what to say about the logout under way; nothing if it comes from elsewhere
 
 /** Shows one view and moves the focus to its heading, so that keyboard and screen reader start there. */
 function show(view, status = '') {
@@ -26,20 +25,23 @@ const showForm = (status) => show(location.hash === '#signup' ? 'signup' : 'logi
 addEventListener('hashchange', () => { if (!auth.user) showForm(); });
 
 async function render(user) {
-  const status = user ? '' : leaving || (wasIn ? 'You have been logged out.' : '');
+  const status = !user && wasIn ? 'You have been logged out.' : '';
   wasIn = Boolean(user);
-  leaving = '';
+  // Nothing of the last user's is left: no text, no answer that the next one would have to wait for.
   document.querySelectorAll('form').forEach((form) => form.reset());
+  document.querySelectorAll('button').forEach((button) => { button.disabled = false; });
+  document.querySelectorAll('#who, #email, #since, #sessions').forEach((node) => node.replaceChildren());
   if (!user) return showForm(status);
   history.replaceState(null, '', location.pathname); // after the next logout the form is the one to log in
   $('#who').textContent = $('#email').textContent = user.email;
   document.querySelectorAll('input[name=username]').forEach((input) => { input.value = user.email; });
   show('account');
-  await attempt($('#refresh'), async () => {
-    const [{ createdAt }, sessions] = await Promise.all([auth.me(), auth.sessions()]);
-    $('#since').textContent = when(createdAt, { dateStyle: 'long' });
-    list(sessions);
-  });
+  await attempt($('#refresh'), () => Promise.all([since(), list()]));
+}
+
+async function since() {
+  const { id, createdAt } = await auth.me();
+  if (auth.user?.id === id) $('#since').textContent = when(createdAt, { dateStyle: 'long' });
 }
 
 // ---- The list of sessions
@@ -61,7 +63,11 @@ function element(tag, properties, ...children) {
   return node;
 }
 
-function list(sessions) {
+/** Lists the sessions, unless somebody else is logged in by the time they come. */
+async function list() {
+  const id = auth.user?.id;
+  const sessions = await auth.sessions();
+  if (auth.user?.id !== id) return;
   $('#sessions').replaceChildren(...sessions.map((session) => {
     const name = device(session.userAgent);
     const used = element('time', { dateTime: session.lastUsedAt }, when(session.lastUsedAt));
@@ -73,7 +79,7 @@ function list(sessions) {
       event.preventDefault();
       attempt(form, async () => {
         await auth.revokeSession(session.id);
-        list(await auth.sessions());
+        await list();
         $('#sessions-title').tabIndex = -1; // the button that had the focus is gone
         $('#sessions-title').focus();
         say(`${name} has been logged out.`);
@@ -97,6 +103,7 @@ async function attempt(form, action) {
   if (button.disabled) return;
   clean(form);
   say('');
+  const focused = document.activeElement === button; // which it loses while it is disabled
   button.disabled = true;
   let wait = 0;
   try {
@@ -104,9 +111,11 @@ async function attempt(form, action) {
   } catch (error) {
     wait = error.retryAfter ?? 0;
     explain(form, error);
+  } finally {
+    button.disabled = wait > 0;
+    if (focused && document.activeElement === document.body) button.focus();
   }
-  if (wait > 0) await countdown(form, button, wait);
-  button.disabled = false;
+  if (wait > 0) countdown(form, button, wait);
 }
 
 /** An error goes next to the field it is about, or else to the head of the form; the focus goes there too. */
@@ -132,37 +141,33 @@ const span = (seconds) => (seconds < 120 ? `${seconds} s` : `${Math.ceil(seconds
 
 /**
  * Counts down on the button: the message itself stays as it is, or a screen reader would read it every second. Another
- * input ends the wait, for the limit may be that of one account.
+ * input ends the wait, for the limit may be that of one account; so does another user.
  */
 function countdown(form, button, seconds) {
   const label = button.textContent;
   const end = Date.now() + seconds * 1000;
-  return new Promise((resolve) => {
-    const stop = () => {
-      clearInterval(timer);
-      button.textContent = label;
-      clean(form);
-      resolve();
-    };
-    const tick = () => {
-      const left = Math.ceil((end - Date.now()) / 1000);
-      if (left <= 0) return stop();
-      button.textContent = `${label} (in ${span(left)})`;
-    };
-    const timer = setInterval(tick, 250);
-    tick();
-    form.addEventListener('input', stop, { once: true });
-  });
+  const over = new AbortController();
+  const stop = () => {
+    clearInterval(timer);
+    over.abort();
+    button.textContent = label;
+    button.disabled = false;
+    clean(form);
+  };
+  const tick = () => {
+    const left = Math.ceil((end - Date.now()) / 1000);
+    if (left <= 0) return stop();
+    button.textContent = `${label} (in ${span(left)})`;
+  };
+  const timer = setInterval(tick, 250);
+  tick();
+  for (const event of ['input', 'reset']) form.addEventListener(event, stop, { signal: over.signal });
 }
 
-/** Ends the session by `action`; the logout that follows then says `text`. */
+/** Ends the session by `action` and says so; of one that ends otherwise render() has said so. */
 async function leave(text, action) {
-  leaving = text;
-  try {
-    await action();
-  } finally {
-    leaving = '';
-  }
+  await action();
+  say(text);
 }
 
 const actions = {
@@ -170,12 +175,15 @@ const actions = {
   login: ({ email, password }) => auth.login(email, password),
   signup: ({ email, password }) => auth.signup(email, password),
   logout: () => leave('You are logged out.', () => auth.logout()),
-  refresh: async () => list(await auth.sessions()),
+  async refresh() {
+    await list();
+    say('The list is up to date.');
+  },
   'revoke-all': () => leave('You are logged out everywhere.', () => auth.revokeAll()),
   async password({ currentPassword, newPassword }) {
     await auth.changePassword(currentPassword, newPassword);
     $('#password').reset();
-    list(await auth.sessions());
+    await list();
     say('Your password is changed, and your other devices are logged out.');
   },
   delete: ({ password }) => leave('Your account is deleted.', () => auth.deleteAccount(password)),

@@ -463,73 +463,213 @@ func TestBrowserTabs(t *testing.T) {
 	both(func(x *tab) { x.signedIn(ada) })
 }
 
-// Two pages of different origins share the cookie but neither Web Locks nor a channel. Their refreshes come to the server
-// together, and the answer to the one that lost overtakes the new cookie. It waits a while with its second try, which here
-// ends when the other page is done: no timer of the page goes off but by the test.
-func TestBrowserLostRace(t *testing.T) {
-	t.Parallel()
-	browser := chromium(t)
-	front, proxy := []net.Listener{listen(t), listen(t)}, listen(t)
-	_, api := site(t, vars{"FRONTEND_URL": originOf(front[0]) + "," + originOf(front[1])})
+// gate stands before the API and, while it is shut, holds the good answers to refreshes back.
+type gate struct {
+	origin string
+	shut   atomic.Bool
+	held   chan struct{} // gets one for each answer that is held
+	open   func()
+}
+
+func newGate(t *testing.T, l net.Listener, api string) *gate {
+	t.Helper()
 	target, err := url.Parse(api)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var racing atomic.Bool
-	var both sync.WaitGroup
-	both.Add(len(front))
-	waits := make(chan struct{}) // closed when the page that lost waits
-	forward := httputil.NewSingleHostReverseProxy(target)
-	forward.ModifyResponse = func(res *http.Response) error {
-		if racing.Load() && res.Request.URL.Path == "/auth/refresh" && res.StatusCode == 200 {
-			select {
-			case <-waits:
-			case <-res.Request.Context().Done():
-			}
+	opened := make(chan struct{})
+	g := &gate{origin: originOf(l), held: make(chan struct{}, 10), open: sync.OnceFunc(func() { close(opened) })}
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	proxy.ModifyResponse = func(res *http.Response) error {
+		if g.shut.Load() && res.Request.URL.Path == "/auth/refresh" && res.StatusCode == 200 {
+			g.held <- struct{}{}
+			<-opened
 		}
 		return nil
 	}
-	var refreshes atomic.Int32
-	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if racing.Load() && r.URL.Path == "/auth/refresh" && refreshes.Add(1) <= int32(len(front)) {
-			both.Done()
-			both.Wait()
-		}
-		forward.ServeHTTP(w, r)
-	})}
-	go srv.Serve(proxy)
-	t.Cleanup(func() { srv.Close() })
-
-	tabs := make([]*tab, len(front))
-	for i, l := range front {
-		servePage(t, l, originOf(proxy))
-		tabs[i] = newTab(t, browser)
-		script := page.AddScriptToEvaluateOnNewDocumentParams{Source: `window.setTimeout = (work) => { window.timer = work; };`}
-		if _, err := chromedp.Call(tabs[i].ctx, page.AddScriptToEvaluateOnNewDocument, script); err != nil {
-			t.Fatal(err)
-		}
-	}
-	tabs[0].signup(originOf(front[0]), ada)
-	tabs[1].open(originOf(front[1]))
-	tabs[1].signedIn(ada)
-
-	refused := func() int { return tabs[0].count("POST /auth/refresh 401") + tabs[1].count("POST /auth/refresh 401") }
-	before := refused()
-	racing.Store(true)
-	for _, x := range tabs {
-		x.do(chromedp.Reload())
-	}
-	lost := -1
-	eventually(t, 20*time.Second, "a page that waits before it tries again", func() bool {
-		lost = slices.IndexFunc(tabs, func(x *tab) bool { return js[bool](x, `"timer" in window`) })
-		return lost >= 0
+	srv := &http.Server{Handler: proxy}
+	go srv.Serve(l)
+	t.Cleanup(func() {
+		g.open()
+		srv.Close()
 	})
-	close(waits)
-	tabs[1-lost].signedIn(ada)
-	js[chromedp.Void](tabs[lost], `timer()`)
-	tabs[lost].signedIn(ada)
-	if n := refused() - before; n != 1 {
+	return g
+}
+
+// stopTimers keeps setTimeout in the pages that the tab loads from now on; what is due by it waits in window.timer.
+func (x *tab) stopTimers() {
+	x.t.Helper()
+	script := page.AddScriptToEvaluateOnNewDocumentParams{Source: `window.setTimeout = (work) => { window.timer = work; };`}
+	if _, err := chromedp.Call(x.ctx, page.AddScriptToEvaluateOnNewDocument, script); err != nil {
+		x.t.Fatal(err)
+	}
+}
+
+// waits waits until something in the page is due by a timer, which goes off when the test calls timer().
+func (x *tab) waits() {
+	x.t.Helper()
+	eventually(x.t, 20*time.Second, "a page that waits", func() bool { return js[bool](x, `"timer" in window`) })
+}
+
+// Two pages of different origins share the cookie but neither Web Locks nor a channel. The refresh of one comes while the
+// answer to the other's, with the new cookie, is under way.
+func TestBrowserLostRace(t *testing.T) {
+	t.Parallel()
+	browser := chromium(t)
+	front, l := []net.Listener{listen(t), listen(t)}, listen(t)
+	_, api := site(t, vars{"FRONTEND_URL": originOf(front[0]) + "," + originOf(front[1])})
+	g := newGate(t, l, api)
+	won, lost := newTab(t, browser), newTab(t, browser)
+	lost.stopTimers()
+	servePage(t, front[0], g.origin)
+	servePage(t, front[1], g.origin)
+	won.signup(originOf(front[0]), ada)
+	lost.open(originOf(front[1]))
+	lost.signedIn(ada)
+
+	g.shut.Store(true)
+	won.do(chromedp.Reload())
+	<-g.held
+	lost.do(chromedp.Reload())
+	lost.waits()
+	g.open()
+	won.signedIn(ada)
+	js[chromedp.Void](lost, `timer()`)
+	lost.signedIn(ada)
+	if n := lost.count("POST /auth/refresh 401"); n != 1 {
 		t.Errorf("%d refreshes were refused, want one", n)
+	}
+}
+
+// A page is left while the answer to its refresh, with the new cookie, is under way: by a reload, a link, a closed tab.
+func TestBrowserLeftPage(t *testing.T) {
+	t.Parallel()
+	browser := chromium(t)
+	front, l := listen(t), listen(t)
+	_, api := site(t, vars{"FRONTEND_URL": originOf(front)})
+	g := newGate(t, l, api)
+	servePage(t, front, g.origin)
+	x := newTab(t, browser)
+	x.stopTimers()
+	x.signup(originOf(front), ada)
+	before := x.cookie(api).Value
+
+	g.shut.Store(true)
+	x.do(chromedp.Reload())
+	<-g.held
+	x.see("#view-start", "One moment")
+	js[bool](x, `Promise.all(document.getAnimations().map((each) => each.finished)).then(() => true)`) // it appears after a while
+	x.shot("start")
+	x.do(chromedp.Reload())
+	x.waits()
+	g.open()
+	eventually(t, 20*time.Second, "the cookie of the page that was left", func() bool { return x.cookie(api).Value != before })
+	js[chromedp.Void](x, `timer()`)
+	x.signedIn(ada)
+}
+
+// What a page does when the session it shows is no longer the one of the cookie.
+func TestBrowserOtherUser(t *testing.T) {
+	t.Parallel()
+	const bob = "bob@example.com"
+	t.Run("of another user", func(t *testing.T) {
+		t.Parallel()
+		browser := chromium(t)
+		front := []net.Listener{listen(t), listen(t)}
+		_, api := site(t, vars{"FRONTEND_URL": originOf(front[0]) + "," + originOf(front[1])})
+		servePage(t, front[0], api)
+		servePage(t, front[1], api)
+		x, other := newTab(t, browser), newTab(t, browser)
+		x.signup(originOf(front[0]), ada)
+		other.open(originOf(front[1])) // which shares the cookie, but no news
+		other.signedIn(ada)
+		other.click("#logout button")
+		other.see("#status", "You are logged out.")
+		left := js[string](other, `['#who', '#view-account'].map((id) => document.querySelector(id).innerHTML).join()`)
+		if strings.Contains(left, ada) || strings.Contains(left, "This browser") {
+			t.Errorf("the page keeps what it knew of the last user: %s", left)
+		}
+		other.signup(originOf(front[1]), bob)
+
+		x.click("#revoke-all button") // for Ada, and not for Bob
+		x.see("#revoke-all .problem", "Somebody else is logged in now")
+		x.signedIn(bob)
+		other.do(chromedp.Reload())
+		other.signedIn(bob)
+	})
+	t.Run("revoked by another device", func(t *testing.T) {
+		t.Parallel()
+		browser := chromium(t)
+		origin, _ := site(t, vars{})
+		tabs, phone := []*tab{newTab(t, browser), newTab(t, browser)}, device(t, browser)
+		tabs[0].signup(origin, ada)
+		tabs[1].open(origin)
+		tabs[1].signedIn(ada)
+		phone.login(origin, ada, password)
+		phone.click("#revoke-all button")
+		phone.see("#status", "You are logged out everywhere.")
+
+		tabs[0].fill("#delete-password", password)
+		for _, x := range tabs {
+			x.see("#status", "You have been logged out.")
+		}
+		if said := js[string](tabs[0], `document.querySelector('#status').textContent`); strings.Contains(said, "deleted") {
+			t.Errorf("of an account that is still there the page says: %s", said)
+		}
+		tabs[0].login(origin, ada, password)
+	})
+	t.Run("revoked while the page was in the history", func(t *testing.T) {
+		t.Parallel()
+		browser := chromium(t)
+		origin, _ := site(t, vars{})
+		x, phone := newTab(t, browser), device(t, browser)
+		x.signup(origin, ada)
+		js[bool](x, `window.kept = true`)
+		x.open(origin + "/style.css")
+		phone.login(origin, ada, password)
+		phone.click("#revoke-all button")
+		phone.see("#status", "You are logged out everywhere.")
+		js[bool](x, `history.back(), true`) // there is no load event to wait for where the page comes back as it was left
+		eventually(t, 20*time.Second, "a refresh that fails", func() bool { return x.count("POST /auth/refresh 401") == 2 })
+		x.see("#view-login h1", "Log in")
+		t.Logf("the page came back as it was left: %v", js[bool](x, `window.kept === true`))
+	})
+}
+
+func TestBrowserOddAnswers(t *testing.T) {
+	t.Parallel()
+	x := newTab(t, chromium(t))
+	origin, api := site(t, vars{})
+	x.signup(origin, ada)
+
+	for answer, problem := range map[string]string{
+		`'{"sessions": [', { status: 200 }`:             "The server cannot be reached", // cut off
+		`'<h1>Bad gateway</h1>', { status: 502 }`:       "HTTP 502",
+		`'{"message": "no upstream"}', { status: 502 }`: "HTTP 502",
+		`'null', { status: 500 }`:                       "HTTP 500",
+	} {
+		js[bool](x, `window.real ??= window.fetch, window.fetch = async () => new Response(`+answer+`), true`)
+		x.do(chromedp.Focus(chromedp.CSS("#refresh button")), chromedp.KeyEvent("\r"))
+		x.see("#refresh .problem", problem)
+		x.until(`!document.querySelector('#refresh button').disabled`)
+	}
+	js[bool](x, `window.fetch = window.real, true`)
+	x.do(chromedp.Focus(chromedp.CSS("#refresh button")), chromedp.KeyEvent("\r"))
+	x.see("#status", "The list is up to date.")
+	if !js[bool](x, `document.activeElement === document.querySelector('#refresh button')`) {
+		t.Error("the button that was pressed has lost the focus")
+	}
+
+	if got := js[string](x, fmt.Sprintf(`(async () => {
+		addEventListener('error', (event) => event.preventDefault()); // the console need not have it
+		const auth = (await import('./auth.js')).createAuth({ baseURL: %q });
+		const heard = [];
+		auth.onchange(() => { throw new Error('of a listener'); });
+		auth.onchange((user) => heard.push(user?.email));
+		const { email } = await auth.resume();
+		return [email, ...heard].join();
+	})()`, api)); got != ada+","+ada {
+		t.Errorf("with a listener that throws: %s", got)
 	}
 }
 
@@ -653,16 +793,16 @@ func TestBrowserLimits(t *testing.T) {
 		}
 		x.see("#refresh .problem", "Try again in ")
 		x.see("#refresh button", "(in ")
-		x.shot("too-many-requests")
 		if !js[bool](x, `document.querySelector('#refresh button').disabled`) {
 			t.Error("the button does not wait")
 		}
 		if wait := js[string](x, `document.querySelector('#refresh .problem').textContent.match(/Try again in ([0-9]+) s/)[1]`); wait < "1" || wait > "6" {
 			t.Errorf("the page read Retry-After as %q", wait)
 		}
+		x.shot("too-many-requests")
 		x.until(`!document.querySelector('#refresh button').disabled`)
-		x.click("#refresh button")
 		lists := x.count("GET /auth/sessions 200")
+		x.click("#refresh button")
 		eventually(t, 10*time.Second, "a list once the wait is over", func() bool { return x.count("GET /auth/sessions 200") > lists })
 	})
 	t.Run("too many wrong passwords", func(t *testing.T) {

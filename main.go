@@ -425,7 +425,7 @@ func (e *environment) database() *pgxpool.Config {
 func (e *environment) redis() *redis.UniversalOptions {
 	value := e.text("REDIS_URL", "")
 	o := &redis.UniversalOptions{MaxRetries: -1, MaxRedirects: -1, DialerRetries: 1, DialTimeout: redisTimeout, ReadTimeout: redisTimeout,
-		WriteTimeout: redisTimeout, PoolSize: 100, PoolTimeout: redisTimeout / 4,
+		WriteTimeout: redisTimeout, PoolSize: 100, PipelinePoolSize: -1, PoolTimeout: redisTimeout / 4,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
 	if c, err := redis.ParseClusterURL(value); err == nil && len(c.Addrs) > 1 {
 		o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig

@@ -318,7 +318,7 @@ func (l *logLines) all() (parsed []logLine) {
 // await returns the first line that matches, as soon as it is there.
 func (l *logLines) await(t testing.TB, match func(logLine) bool) logLine {
 	t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(2 * time.Minute)
 	for {
 		l.mu.Lock()
 		more := l.more

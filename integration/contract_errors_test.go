@@ -164,8 +164,8 @@ var errorFormat = []promise{
 		s := serve(t, home, nil) // at production's cost, where there is something to measure
 		v := s.signup(t)
 		var wrong, unknown []time.Duration
-		// In turns, so that a busy machine slows both; the fastest of each is the one that nothing disturbed. Those only come
-		// closer to what they are, so that more of them clear what is right, and nothing else.
+		// In turns, so that a busy machine slows both; the fastest of each is the one that nothing disturbed. It may take more
+		// than seven for that. Who stops where it fits may miss a difference near the bounds, not one of a hash left out.
 		for n := 1; ; n++ {
 			wrong = append(wrong, s.tryLogin(t, v.email, newPassword(), "").want(401).took)
 			unknown = append(unknown, s.tryLogin(t, newEmail(), newPassword(), "").want(401).took)

@@ -1,11 +1,13 @@
 package main
 
-// auth.go is what the routes under /auth decide, and the hashing of passwords.
+// auth.go holds the handlers of the routes under /auth, one after the other, and what they share:
+// reading bodies and tokens, judging passwords, giving tokens.
 
 import (
-	"cmp"
+	"bytes"
 	"context"
 	_ "embed"
+	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
@@ -16,132 +18,618 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/crypto/bcrypt"
 )
 
-const maxBodyBytes, maxPasswordBytes = 100 << 10, 72 // which is all that bcrypt reads
+const (
+	// maxBodyBytes bounds a body. The largest acceptable one, with every character escaped, has
+	// about 4 KB.
+	maxBodyBytes = 100 << 10
 
+	// maxPasswordBytes is as much of a password as bcrypt reads.
+	maxPasswordBytes = 72
+
+	// minPasswordBytes is the least that NIST SP 800-63B section 5.1.1.2 asks for.
+	minPasswordBytes = 8
+
+	// maxEmailBytes is the longest address that SMTP can deliver to (RFC 5321 section 4.5.3.1.3,
+	// less the angle brackets).
+	maxEmailBytes = 254
+
+	// maxUserAgentBytes bounds what a session remembers of the client's name.
+	maxUserAgentBytes = 256
+
+	// maxBcryptCost bounds the time that a stored hash may take: 16 is three seconds, 31 is days.
+	maxBcryptCost = 16
+
+	// staleTries is how often a request judges a password whose hash is replaced each time before
+	// it can act. Only logins of one account with different costs on different replicas need two.
+	staleTries = 3
+)
+
+// auth serves the routes under /auth.
 type auth struct {
-	store           *store
-	logins          *limiter
-	hasher          *hasher
-	access, refresh keys
-	accessTTL       time.Duration
-	secureCookie    bool
-	sameSite        http.SameSite
-	metrics         *metrics
-	log             *slog.Logger
+	store        *store
+	logins       *loginLimiter
+	hasher       *hasher
+	metrics      *metrics
+	log          *slog.Logger
+	access       keys
+	refresh      keys
+	accessTTL    time.Duration
+	secureCookie bool
+	sameSite     http.SameSite
 }
 
-// bearer returns the token of the Authorization header (RFC 6750 section 2.1), "" if there is none.
-func bearer(r *http.Request) string {
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	if token = strings.Trim(token, " "); !strings.EqualFold(scheme, "Bearer") {
-		token = ""
+// Answers
+
+// message answers what has nothing else to say.
+type message struct {
+	Message string `json:"message"`
+}
+
+// userAnswer is a user whose account is already known to the frontend.
+type userAnswer struct {
+	ID    string `json:"id"`
+	Email string `json:"email"`
+}
+
+// accountAnswer is a user with what only the account has.
+type accountAnswer struct {
+	ID        string    `json:"id"`
+	Email     string    `json:"email"`
+	CreatedAt timestamp `json:"createdAt"`
+}
+
+type signupAnswer struct {
+	Message     string        `json:"message"`
+	User        accountAnswer `json:"user"`
+	AccessToken string        `json:"accessToken"`
+}
+
+type loginAnswer struct {
+	Message     string     `json:"message"`
+	User        userAnswer `json:"user"`
+	AccessToken string     `json:"accessToken"`
+}
+
+type refreshAnswer struct {
+	AccessToken string `json:"accessToken"`
+}
+
+type meAnswer struct {
+	User accountAnswer `json:"user"`
+}
+
+type sessionsAnswer struct {
+	Sessions []sessionAnswer `json:"sessions"`
+}
+
+type sessionAnswer struct {
+	ID         string    `json:"id"`
+	CreatedAt  timestamp `json:"createdAt"`
+	LastUsedAt timestamp `json:"lastUsedAt"`
+	IP         string    `json:"ip"`
+	UserAgent  string    `json:"userAgent"`
+	Current    bool      `json:"current"`
+}
+
+func accountOf(u user) accountAnswer {
+	return accountAnswer{
+		ID:        u.ID,
+		Email:     u.Email,
+		CreatedAt: timestamp(u.CreatedAt),
 	}
-	aboutRequest(r).bearer = token != ""
-	return token
+}
+
+// Handlers
+
+// signup creates an account and opens its first session.
+func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
+	var in credentials
+	if err := readBody(w, r, &in); err != nil {
+		return err
+	}
+	faults := validationError{}
+	email := normalizeEmail(in.Email)
+	faults.add("email", emailFault(email))
+	faults.add("password", passwordFault(in.Password))
+	if len(faults) > 0 {
+		return faults
+	}
+
+	hash, err := a.hasher.hash(r.Context(), in.Password)
+	if err != nil {
+		return err
+	}
+	u, g, err := a.store.createUser(r.Context(), email, hash, newUUID(), newUUID(), deviceOf(r))
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusCreated, signupAnswer{
+		Message:     "User created successfully",
+		User:        accountOf(u),
+		AccessToken: a.giveTokens(w, r, u, g, u.Email),
+	})
+}
+
+// login opens a session. It answers the same, in the same time, for a wrong password and for an
+// email that nobody has.
+func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
+	var in credentials
+	if err := readBody(w, r, &in); err != nil {
+		return err
+	}
+	faults := validationError{}
+	faults.add("email", missingFault(in.Email))
+	faults.add("password", missingFault(in.Password))
+	if len(faults) > 0 {
+		return faults
+	}
+
+	var u user
+	var g grant
+	err := retryStale(func() error {
+		var err error
+		u, err = a.authenticate(r, normalizeEmail(in.Email), in.Password)
+		if err != nil {
+			return err
+		}
+		g, err = a.store.openSession(r.Context(), u, newUUID(), newUUID(), deviceOf(r))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	a.upgradeHash(r, u, in.Password)
+	return writeJSON(w, http.StatusOK, loginAnswer{
+		Message:     "Login successful",
+		User:        userAnswer{ID: u.ID, Email: u.Email},
+		AccessToken: a.giveTokens(w, r, u, g, u.Email),
+	})
+}
+
+// refreshTokens exchanges the refresh cookie for an access token and the next refresh cookie.
+func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
+	c, err := a.verifyRefresh(r)
+	if err != nil {
+		a.clearCookie(w)
+		return err
+	}
+	u, g, err := a.store.refresh(r.Context(), exchange{
+		UserID:    c.UserID,
+		SessionID: c.SessionID,
+		Shown:     c.TokenID,
+		Next:      newUUID(),
+		Device:    deviceOf(r),
+	})
+	a.metrics.countRefresh(outcomeOf(g, err))
+	if errors.Is(err, errTheft) || errors.Is(err, errEnded) {
+		a.clearCookie(w) // but not at errReused: two tabs raced, and the cookie is the other's
+	}
+	if err != nil {
+		return err
+	}
+	// The refresh token goes on naming the email that it named before. So the successor of a token
+	// is the same whenever it is made, also when it is sent a second time.
+	return writeJSON(w, http.StatusOK, refreshAnswer{
+		AccessToken: a.giveTokens(w, r, u, g, c.Email),
+	})
+}
+
+// outcomeOf names what became of a refresh, for the metrics.
+func outcomeOf(g grant, err error) refreshOutcome {
+	switch {
+	case errors.Is(err, errTheft):
+		return refreshTheft
+	case errors.Is(err, errReused):
+		return refreshReused
+	case errors.Is(err, errEnded):
+		return refreshEnded
+	case err != nil:
+		return refreshFailed
+	case g.Resent:
+		return refreshResent
+	default:
+		return refreshRotated
+	}
+}
+
+// logout ends the session of the access token. The cookie counts only if there is no access token,
+// or one that has expired.
+func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
+	c, err := a.verifyAccess(r)
+	if errors.Is(err, errMissingToken) || errors.Is(err, errTokenExpired) {
+		fromCookie, cookieErr := a.verifyRefresh(r)
+		if !errors.Is(cookieErr, errMissingToken) {
+			c, err = fromCookie, cookieErr
+		}
+	}
+	if err != nil {
+		a.clearCookie(w)
+		return err
+	}
+	err = a.store.revoke(r.Context(), c.UserID, c.SessionID)
+	if errors.Is(err, errNoSession) {
+		a.clearCookie(w)
+		return errEnded
+	}
+	if err != nil {
+		return err // the cookie stays, for the session may live
+	}
+	a.clearCookie(w)
+	return writeJSON(w, http.StatusOK, message{"Logout successful"})
+}
+
+// me returns the caller's account.
+func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
+	u, err := a.store.findUserByID(r.Context(), c.UserID)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, meAnswer{accountOf(u)})
+}
+
+// listSessions returns the caller's sessions.
+func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) error {
+	sessions, err := a.store.listSessions(r.Context(), c.UserID)
+	if err != nil {
+		return err
+	}
+	answer := sessionsAnswer{Sessions: []sessionAnswer{}}
+	for _, s := range sessions {
+		answer.Sessions = append(answer.Sessions, sessionAnswer{
+			ID:         s.ID,
+			CreatedAt:  timestamp(s.CreatedAt),
+			LastUsedAt: timestamp(s.LastUsedAt),
+			IP:         s.Device.IP,
+			UserAgent:  s.Device.UserAgent,
+			Current:    s.ID == c.SessionID,
+		})
+	}
+	return writeJSON(w, http.StatusOK, answer)
+}
+
+// revokeSession ends one of the caller's sessions.
+func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) error {
+	id := r.PathValue("id")
+	if err := a.store.revoke(r.Context(), c.UserID, id); err != nil {
+		return err
+	}
+	if id == c.SessionID {
+		a.clearCookie(w)
+	}
+	return writeJSON(w, http.StatusOK, message{"Session revoked"})
+}
+
+// revokeSessions ends all of the caller's sessions, this one too.
+func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) error {
+	if err := a.store.revokeAll(r.Context(), c.UserID); err != nil {
+		return err
+	}
+	a.clearCookie(w)
+	return writeJSON(w, http.StatusOK, message{"All sessions revoked"})
+}
+
+// changePassword replaces the caller's password and ends all other sessions.
+func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) error {
+	var in passwordChange
+	if err := readBody(w, r, &in); err != nil {
+		return err
+	}
+	faults := validationError{}
+	faults.add("currentPassword", missingFault(in.CurrentPassword))
+	faults.add("newPassword", passwordFault(in.NewPassword))
+	if len(faults) > 0 {
+		return faults
+	}
+
+	err := retryStale(func() error {
+		u, err := a.reauthenticate(r, c, in.CurrentPassword)
+		if err != nil {
+			return err
+		}
+		hash, err := a.hasher.hash(r.Context(), in.NewPassword)
+		if err != nil {
+			return err
+		}
+		return a.store.changePassword(r.Context(), u, hash, c.SessionID)
+	})
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, message{"Password changed"})
+}
+
+// deleteAccount deletes the caller's account and ends all of its sessions.
+func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) error {
+	var in passwordOnly
+	if err := readBody(w, r, &in); err != nil {
+		return err
+	}
+	faults := validationError{}
+	faults.add("password", missingFault(in.Password))
+	if len(faults) > 0 {
+		return faults
+	}
+
+	err := retryStale(func() error {
+		u, err := a.reauthenticate(r, c, in.Password)
+		if err != nil {
+			return err
+		}
+		return a.store.deleteUser(r.Context(), u)
+	})
+	if err != nil {
+		return err
+	}
+	a.clearCookie(w)
+	return writeJSON(w, http.StatusOK, message{"Account deleted"})
+}
+
+// Tokens
+
+// bearerToken returns the token of the Authorization header, "" if there is none (RFC 6750 section
+// 2.1).
+func bearerToken(r *http.Request) string {
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return ""
+	}
+	return strings.Trim(token, " ")
+}
+
+// verifyAccess returns the claims of the Bearer token.
+func (a *auth) verifyAccess(r *http.Request) (claims, error) {
+	token := bearerToken(r)
+	if token == "" {
+		return claims{}, errMissingToken
+	}
+	infoOf(r).bearer = true
+	return verify(r, a.access, token)
+}
+
+// verifyRefresh returns the claims of the refresh cookie. A browser that sends two of them has got
+// one from elsewhere, a sibling domain perhaps, and nobody can tell which. Both are refused then.
+func (a *auth) verifyRefresh(r *http.Request) (claims, error) {
+	cookies := r.CookiesNamed("refreshToken")
+	if len(cookies) == 0 || cookies[0].Value == "" {
+		return claims{}, errMissingToken
+	}
+	for _, other := range cookies[1:] {
+		if other.Value != cookies[0].Value {
+			return claims{}, errTokenInvalid
+		}
+	}
+	return verify(r, a.refresh, cookies[0].Value)
 }
 
 // verify returns the claims of a token and notes whose it is.
 func verify(r *http.Request, k keys, token string) (claims, error) {
-	if token == "" {
-		return claims{}, fail("missing_token")
-	}
 	c, err := k.verify(token, time.Now())
-	aboutRequest(r).userID = c.UserID
-	return c, err
+	if err != nil {
+		return claims{}, err
+	}
+	infoOf(r).userID = c.UserID
+	infoOf(r).sessionID = c.SessionID
+	return c, nil
 }
 
-func refreshCookie(r *http.Request) string {
-	if cookie, err := r.Cookie("refreshToken"); err == nil {
-		return cookie.Value
+// requireAuth lets a request pass whose access token verifies and whose session is alive.
+func (a *auth) requireAuth(
+	next func(w http.ResponseWriter, r *http.Request, c claims) error,
+) handlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		c, err := a.verifyAccess(r)
+		if err != nil {
+			return err
+		}
+		if err := a.store.checkSession(r.Context(), c.UserID, c.SessionID); err != nil {
+			return err
+		}
+		return next(w, r, c)
+	}
+}
+
+// giveTokens sets the refresh cookie of a grant and returns an access token of the same session.
+// The refresh token names the user by refreshEmail.
+func (a *auth) giveTokens(
+	w http.ResponseWriter,
+	r *http.Request,
+	u user,
+	g grant,
+	refreshEmail string,
+) string {
+	infoOf(r).userID = u.ID
+	infoOf(r).sessionID = g.SessionID
+
+	refresh := a.refresh.sign(claims{
+		UserID:    u.ID,
+		Email:     refreshEmail,
+		IssuedAt:  g.IssuedAt.Unix(),
+		ExpiresAt: g.ExpiresAt.Unix(),
+		Subject:   u.ID,
+		SessionID: g.SessionID,
+		TokenID:   g.TokenID,
+	})
+	a.setCookie(w, refresh, int(g.ExpiresAt.Sub(g.IssuedAt).Seconds()))
+
+	now := time.Now()
+	return a.access.sign(claims{
+		UserID:    u.ID,
+		Email:     u.Email,
+		IssuedAt:  now.Unix(),
+		ExpiresAt: now.Add(a.accessTTL).Unix(),
+		Subject:   u.ID,
+		SessionID: g.SessionID,
+		TokenID:   newUUID(),
+	})
+}
+
+// setCookie sets the refresh cookie for so many seconds.
+func (a *auth) setCookie(w http.ResponseWriter, value string, maxAge int) {
+	http.SetCookie(w, &http.Cookie{
+		Name:     "refreshToken",
+		Value:    value,
+		Path:     "/auth",
+		MaxAge:   maxAge,
+		HttpOnly: true,
+		Secure:   a.secureCookie,
+		SameSite: a.sameSite,
+	})
+}
+
+// clearCookie tells the browser to forget the refresh cookie.
+func (a *auth) clearCookie(w http.ResponseWriter) {
+	a.setCookie(w, "", -1)
+}
+
+// deviceOf returns where a request comes from, as the list of sessions shows it.
+func deviceOf(r *http.Request) device {
+	agent := r.UserAgent()
+	if len(agent) > maxUserAgentBytes {
+		agent = agent[:maxUserAgentBytes]
+	}
+	return device{
+		IP:        infoOf(r).ip.String(),
+		UserAgent: strings.ToValidUTF8(agent, ""),
+	}
+}
+
+// Bodies
+
+// body is a request's body. Its members are strings.
+type body interface {
+	// member returns where the member of this name is kept, nil for one that nobody asked for.
+	member(name string) *string
+}
+
+// credentials is the body of signup and login.
+type credentials struct {
+	Email    string
+	Password string
+}
+
+func (b *credentials) member(name string) *string {
+	switch name {
+	case "email":
+		return &b.Email
+	case "password":
+		return &b.Password
+	}
+	return nil
+}
+
+// passwordChange is the body of PUT /auth/password.
+type passwordChange struct {
+	CurrentPassword string
+	NewPassword     string
+}
+
+func (b *passwordChange) member(name string) *string {
+	switch name {
+	case "currentPassword":
+		return &b.CurrentPassword
+	case "newPassword":
+		return &b.NewPassword
+	}
+	return nil
+}
+
+// passwordOnly is the body of DELETE /auth/me.
+type passwordOnly struct {
+	Password string
+}
+
+func (b *passwordOnly) member(name string) *string {
+	if name == "password" {
+		return &b.Password
+	}
+	return nil
+}
+
+// readBody reads the body of a request into b. A member that is missing stays empty.
+func readBody(w http.ResponseWriter, r *http.Request, b body) error {
+	if r.ContentLength > maxBodyBytes {
+		w.Header().Set("Connection", "close") // otherwise net/http reads it before it answers
+		return errBodyTooLarge
+	}
+	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil || mediaType != "application/json" {
+		return errUnsupportedMediaType
+	}
+	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return errBodyTooLarge
+	}
+	if err != nil {
+		return errInvalidJSON
+	}
+	return parseObject(data, b)
+}
+
+// parseObject reads data, one JSON object, into b. It is stricter than encoding/json, so that
+// whoever else reads the same text finds the same in it (RFC 8259 section 4): names are matched
+// with their exact case, no name is given twice, and the text is valid UTF-8. What is inside a
+// member that b does not have needs only to be JSON.
+func parseObject(data []byte, b body) error {
+	if !utf8.Valid(data) || !json.Valid(data) {
+		return errInvalidJSON
+	}
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	opening, _ := decoder.Token()
+	if opening != json.Delim('{') {
+		return errInvalidJSON
+	}
+	seen := map[string]bool{}
+	for decoder.More() {
+		token, _ := decoder.Token()
+		name, _ := token.(string)
+		if seen[name] {
+			return errInvalidJSON
+		}
+		seen[name] = true
+
+		var value json.RawMessage
+		if err := decoder.Decode(&value); err != nil {
+			return errInvalidJSON
+		}
+		member := b.member(name)
+		if member == nil {
+			continue
+		}
+		if value[0] != '"' {
+			return errInvalidJSON
+		}
+		if err := json.Unmarshal(value, member); err != nil {
+			return errInvalidJSON
+		}
+	}
+	return nil
+}
+
+// Emails and passwords
+
+// add notes what is wrong with a field, if anything is.
+func (e validationError) add(field, fault string) {
+	if fault != "" {
+		e[field] = fault
+	}
+}
+
+// missingFault returns what is wrong with a value that only has to be there, "" if nothing is.
+func missingFault(value string) string {
+	if value == "" {
+		return "This field is required"
 	}
 	return ""
 }
 
-// requireAuth lets a request through whose access token verifies and whose session lives.
-func (a *auth) requireAuth(next func(http.ResponseWriter, *http.Request, claims) error) http.Handler {
-	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		c, err := verify(r, a.access, bearer(r))
-		if err == nil {
-			err = a.store.isLive(r.Context(), c.UserID, c.SessionID)
-		}
-		if err != nil {
-			return err
-		}
-		return next(w, r, c)
-	})
-}
-
-type checks map[string]func(string) string
-
-// input reads the body as a JSON object and returns the strings that want names, none of them empty. A check, where there
-// is one, says what is wrong with a string, "" if nothing is.
-func input(w http.ResponseWriter, r *http.Request, want checks) (map[string]string, error) {
-	if r.ContentLength > maxBodyBytes {
-		w.Header().Set("Connection", "close") // else net/http reads it all before it answers
-		return nil, fail("body_too_large")
-	}
-	if media, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || media != "application/json" {
-		return nil, fail("unsupported_media_type")
-	}
-	data, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBodyBytes))
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return nil, fail("body_too_large")
-	}
-	var members object
-	if err == nil {
-		members, err = readObject(data)
-	}
-	values, details := map[string]string{}, map[string]string{}
-	for name, check := range want {
-		if values[name] = members.text(name, &err); values[name] == "" {
-			details[name] = "This field is required"
-		} else if check != nil {
-			if fault := check(values[name]); fault != "" {
-				details[name] = fault
-			}
-		}
-	}
-	switch {
-	case err != nil:
-		return nil, fail("invalid_json")
-	case len(details) > 0:
-		return nil, &apiError{code: "validation_failed", details: details}
-	}
-	return values, nil
-}
-
-// deviceOf says where a request comes from.
-func deviceOf(r *http.Request) device {
-	agent := r.UserAgent()
-	return device{aboutRequest(r).ip.String(), strings.ToValidUTF8(agent[:min(len(agent), 256)], "")}
-}
-
-func (a *auth) setCookie(w http.ResponseWriter, value string, maxAge int) {
-	http.SetCookie(w, &http.Cookie{Name: "refreshToken", Value: value, Path: "/auth", MaxAge: maxAge,
-		HttpOnly: true, Secure: a.secureCookie, SameSite: a.sameSite})
-}
-
-func (a *auth) clearCookie(w http.ResponseWriter) { a.setCookie(w, "", -1) }
-
-// giveTokens sets the cookie of g and returns an access token of the same session. email is what the refresh
-// token says: what it said before, so that a token made a second time is the same.
-func (a *auth) giveTokens(w http.ResponseWriter, u user, g grant, email string) (access string) {
-	c := claims{UserID: u.ID, Email: email, Subject: u.ID, SessionID: g.SessionID, TokenID: g.TokenID,
-		IssuedAt: g.IssuedAt, ExpiresAt: g.ExpiresAt}
-	a.setCookie(w, a.refresh.sign(c), int(g.ExpiresAt-g.IssuedAt))
-	now := time.Now()
-	c.Email, c.TokenID, c.IssuedAt, c.ExpiresAt = u.Email, newUUID(), now.Unix(), now.Add(a.accessTTL).Unix()
-	return a.access.sign(c)
-}
-
-//go:embed common-passwords.txt
-var commonPasswords string // one a line, in lower case
-
-// normalizeEmail trims and lower-cases an address, in ASCII only: as PostgreSQL does under collation "C".
+// normalizeEmail trims and lower-cases an email. Only ASCII letters have a case here, as they do in
+// PostgreSQL under the collation "C".
 func normalizeEmail(email string) string {
 	return strings.Map(func(r rune) rune {
 		if r <= unicode.MaxASCII {
@@ -151,274 +639,231 @@ func normalizeEmail(email string) string {
 	}, strings.TrimSpace(email))
 }
 
-// emailFault says what is wrong with the address of a new account, "" if nothing is.
+// emailFault returns what is wrong with the normalized email of a new account, "" if nothing is.
 func emailFault(email string) string {
-	email = normalizeEmail(email)
-	odd := func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsGraphic(r) }
-	parsed, err := mail.ParseAddress(email)
-	switch {
-	case len(email) > 254: // RFC 5321 section 4.5.3.1.3, less the angle brackets
+	if email == "" {
+		return missingFault(email)
+	}
+	if len(email) > maxEmailBytes {
 		return "Email must be at most 254 bytes"
-	case err != nil, parsed.Address != email, strings.Count(email, "@") != 1, strings.ContainsFunc(email, odd):
+	}
+	parsed, err := mail.ParseAddress(email)
+	plain := err == nil && parsed.Address == email && strings.Count(email, "@") == 1
+	if !plain || strings.ContainsFunc(email, isUnprintable) {
 		return "Email must be a valid email address"
 	}
 	return ""
 }
 
-// passwordFault says what is wrong with a new password, "" if nothing is.
+// isUnprintable reports whether an email must not contain r: spaces of all kinds, control
+// characters, and what cannot be seen.
+func isUnprintable(r rune) bool {
+	return unicode.IsSpace(r) || !unicode.IsGraphic(r)
+}
+
+//go:embed common-passwords.txt
+var commonPasswordsFile string
+
+// commonPasswords holds the passwords that attackers try first, in lower case.
+var commonPasswords = parseCommonPasswords(commonPasswordsFile)
+
+// parseCommonPasswords reads one password a line. Lines that begin with "#!" are comments.
+func parseCommonPasswords(file string) map[string]bool {
+	passwords := map[string]bool{}
+	for line := range strings.Lines(file) {
+		if !strings.HasPrefix(line, "#!") {
+			passwords[strings.TrimSuffix(line, "\n")] = true
+		}
+	}
+	return passwords
+}
+
+// passwordFault returns what is wrong with a new password, "" if nothing is.
 func passwordFault(password string) string {
 	switch {
-	case len(password) < 8:
+	case password == "":
+		return missingFault(password)
+	case len(password) < minPasswordBytes:
 		return "Password must be at least 8 bytes"
 	case len(password) > maxPasswordBytes:
 		return "Password must be at most 72 bytes"
-	case strings.ContainsRune(password, 0): // bcrypt takes "P" and "P\x00P" for the same
+	case strings.ContainsRune(password, 0): // to bcrypt "P" and "P\x00P" are the same
 		return "Password must not contain NUL"
-	case strings.Contains(commonPasswords, "\n"+strings.ToLower(password)+"\n"):
+	case commonPasswords[strings.ToLower(password)]:
 		return "Password is too common"
 	}
 	return ""
 }
 
-const hashWait, hashQueue = 2 * time.Second, 256 // longest wait for a slot; most that wait at once
-
-// hasher computes bcrypt in a fixed number of slots, so that logins cannot take the processors from all else.
-type hasher struct {
-	slots            chan struct{}
-	cost             int
-	dummy            string // stands in for the hash of an unknown user
-	waiting, refused atomic.Int64
-}
-
-func newHasher(slots, cost int) (h *hasher, err error) {
-	h = &hasher{slots: make(chan struct{}, slots), cost: cost}
-	h.dummy, err = h.hash(context.Background(), newUUID())
-	return h, err
-}
-
-// run calls fn in a slot; overloaded where none comes free in time.
-func (h *hasher) run(ctx context.Context, fn func()) error {
-	ctx, cancel := context.WithTimeout(ctx, hashWait)
-	defer cancel()
-	if h.waiting.Add(1) > hashQueue {
-		cancel()
+// authenticate returns the user of an email if the password is theirs, and errInvalidCredentials if
+// it is not or if there is no such user.
+func (a *auth) authenticate(r *http.Request, email, password string) (user, error) {
+	u, err := a.store.findUserByEmail(r.Context(), email)
+	if errors.Is(err, errNoUser) {
+		u, err = user{}, nil // no password is theirs, which takes as long to find out
 	}
-	select {
-	case h.slots <- struct{}{}:
-		h.waiting.Add(-1)
-		defer func() { <-h.slots }()
-		fn()
-		return nil
-	case <-ctx.Done():
-		h.waiting.Add(-1)
-		h.refused.Add(1)
-		return &apiError{code: "overloaded", cause: errors.New("no hashing slot")}
+	if err != nil {
+		return user{}, err
 	}
+	infoOf(r).userID = u.ID // the log names whose login fails
+	return u, a.judgePassword(r, email, u.PasswordHash, password)
 }
 
-// hash returns the bcrypt hash of an acceptable password. What x/crypto calls $2a$ is what others define as $2b$.
-func (h *hasher) hash(ctx context.Context, password string) (hash string, err error) {
-	slotErr := h.run(ctx, func() {
-		var b []byte
-		b, err = bcrypt.GenerateFromPassword([]byte(password), h.cost)
-		hash = "$2b$" + strings.TrimPrefix(string(b), "$2a$")
-	})
-	return hash, errors.Join(slotErr, err)
-}
-
-// matches reports whether password is the one of hash. A "no" takes as long for a hash of a lower cost, for no hash, and
-// for a password that bcrypt would not read all of.
-func (h *hasher) matches(ctx context.Context, hash, password string) (ok bool, err error) {
-	cost, err := bcrypt.Cost([]byte(hash))
-	noHash := err != nil || cost > 16 // which could hold a slot for hours
-	if noHash {
-		hash, cost = h.dummy, h.cost
+// reauthenticate returns the user of an access token if the password is theirs.
+func (a *auth) reauthenticate(r *http.Request, c claims, password string) (user, error) {
+	u, err := a.store.findUserByID(r.Context(), c.UserID)
+	if err != nil {
+		return user{}, err
 	}
-	err = h.run(ctx, func() {
-		ok = bcrypt.CompareHashAndPassword([]byte(hash), []byte(password)) == nil && !noHash &&
-			len(password) <= maxPasswordBytes && !strings.ContainsRune(password, 0)
-		for ; !ok && cost < h.cost; cost++ { // 2^cost and all up to 2^(h.cost-1) are 2^h.cost
-			_, _ = bcrypt.GenerateFromPassword(nil, cost)
-		}
-	})
-	return ok, err
+	return u, a.judgePassword(r, normalizeEmail(u.Email), u.PasswordHash, password)
 }
 
-// withPassword calls then with the user found by key if password is theirs, and again if the hash has changed meanwhile
-// (errStale). The attempt is counted beforehand, on the account of email, and given back if it does not fail.
-func (a *auth) withPassword(r *http.Request, by, key, email, password string, then func(user) error) error {
-	ip := aboutRequest(r).ip
-	wait, err := a.logins.attempt(r.Context(), email, ip)
-	switch {
-	case err != nil:
+// judgePassword returns errInvalidCredentials if password does not match hash. The attempt counts
+// as a failure on the account of email until the password turns out to be right.
+func (a *auth) judgePassword(r *http.Request, email, hash, password string) error {
+	ctx := r.Context()
+	ip := infoOf(r).ip
+	wait, err := a.logins.take(ctx, email, ip)
+	if err != nil {
 		return redisError("login limit", err)
-	case wait > 0:
-		a.metrics.add("latchkey_login_limited_total", 1)
-		return &apiError{code: "too_many_attempts", retryAfter: wait}
 	}
-	ok := false
-	err = errStale
-	for tries := 0; tries < 3 && errors.Is(err, errStale); tries++ {
-		var u user
-		if u, err = a.store.findUser(r.Context(), by, key); err != nil && (by == byID || !errors.Is(err, errNoUser)) {
-			break
-		}
-		if ok, err = a.hasher.matches(r.Context(), u.PasswordHash, password); err != nil {
-			break
-		}
-		if !ok {
-			return fail("invalid_credentials")
-		}
-		aboutRequest(r).userID = u.ID
-		err = then(u)
+	if wait > 0 {
+		a.metrics.countLoginLimited()
+		return &limitError{errTooManyAttempts, wait}
 	}
-	if backErr := a.logins.giveBack(r.Context(), email, ip, err == nil); backErr != nil {
-		a.log.Warn("login attempt not given back", "requestId", aboutRequest(r).id, "cause", backErr)
+
+	matches, err := a.hasher.matches(ctx, hash, password)
+	if err != nil {
+		a.warn(r, "login attempt not given back", a.logins.giveBack(ctx, email, ip))
+		return err
+	}
+	if !matches {
+		return errInvalidCredentials
+	}
+	a.warn(r, "login attempt not given back", a.logins.succeeded(ctx, email, ip))
+	return nil
+}
+
+// warn logs an error that does not change the answer. It does nothing if err is nil.
+func (a *auth) warn(r *http.Request, text string, err error) {
+	if err != nil {
+		a.log.Warn(text, "requestId", infoOf(r).id, "error", err.Error())
+	}
+}
+
+// retryStale calls try, which judges a password and acts on the hash that it matched. It calls try
+// again if that hash was replaced in between, since the password may match the new one too.
+func retryStale(try func() error) error {
+	err := try()
+	for tries := 1; tries < staleTries && errors.Is(err, errStale); tries++ {
+		err = try()
 	}
 	return err
 }
 
-func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
-	in, err := input(w, r, checks{"email": emailFault, "password": passwordFault})
-	if err != nil {
-		return err
-	}
-	hash, err := a.hasher.hash(r.Context(), in["password"])
-	if err != nil {
-		return err
-	}
-	u, g, err := a.store.createUser(r.Context(), normalizeEmail(in["email"]), hash, newUUID(), newUUID(), deviceOf(r))
-	if err != nil {
-		return err
-	}
-	aboutRequest(r).userID = u.ID
-	return writeJSON(w, http.StatusCreated, body{"message": "User created successfully", "accessToken": a.giveTokens(w, u, g, u.Email),
-		"user": body{"id": u.ID, "email": u.Email, "createdAt": u.CreatedAt}})
-}
-
-func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
-	in, err := input(w, r, checks{"email": nil, "password": nil})
-	if err != nil {
-		return err
-	}
-	email := normalizeEmail(in["email"])
-	return a.withPassword(r, byEmail, email, email, in["password"], func(u user) error {
-		g, err := a.store.openSession(r.Context(), u, newUUID(), newUUID(), deviceOf(r))
-		if err != nil {
-			return err
-		}
-		a.upgradeHash(r, u, in["password"])
-		return reply(w, nil, body{"message": "Login successful", "accessToken": a.giveTokens(w, u, g, u.Email),
-			"user": body{"id": u.ID, "email": u.Email}})
-	})
-}
-
-// upgradeHash hashes the password anew if its hash has another cost than configured. The login stands either way.
+// upgradeHash hashes the password anew if its hash has another cost than new ones get. The login
+// stands also if that fails.
 func (a *auth) upgradeHash(r *http.Request, u user, password string) {
-	if cost, err := bcrypt.Cost([]byte(u.PasswordHash)); err != nil || cost == a.hasher.cost {
+	cost, err := bcrypt.Cost([]byte(u.PasswordHash))
+	if err != nil || cost == a.hasher.cost {
 		return
 	}
 	hash, err := a.hasher.hash(r.Context(), password)
 	if err == nil {
-		err = a.store.replaceHash(r.Context(), u, hash, "")
+		err = a.store.rehash(r.Context(), u, hash)
 	}
+	a.warn(r, "password not rehashed", err)
+}
+
+// Hashing
+
+const (
+	// hashWait is the longest wait for a hashing slot. People wait longer for nothing.
+	hashWait = 2 * time.Second
+
+	// hashQueue bounds how many requests wait. At four hashes a second and slot, most of a longer
+	// queue would wait in vain.
+	hashQueue = 256
+)
+
+// hasher computes bcrypt hashes in a fixed number of slots, so that logins cannot take the
+// processors from everything else.
+type hasher struct {
+	cost    int
+	dummy   string // is compared with the password where there is no hash
+	slots   chan struct{}
+	waiting atomic.Int64
+	refused atomic.Int64
+}
+
+func newHasher(slots, cost int) (*hasher, error) {
+	h := &hasher{
+		cost:  cost,
+		slots: make(chan struct{}, slots),
+	}
+	dummy, err := h.hash(context.Background(), newUUID())
+	h.dummy = dummy
+	return h, err
+}
+
+// acquire takes a slot. It returns errOverloaded if none comes free in time, or if too many wait.
+func (h *hasher) acquire(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, hashWait)
+	defer cancel()
+	defer h.waiting.Add(-1)
+	if h.waiting.Add(1) > hashQueue {
+		h.refused.Add(1)
+		return errOverloaded
+	}
+	select {
+	case h.slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		h.refused.Add(1)
+		return errOverloaded
+	}
+}
+
+// release gives a slot back.
+func (h *hasher) release() {
+	<-h.slots
+}
+
+// hash returns the bcrypt hash of a password that is acceptable.
+func (h *hasher) hash(ctx context.Context, password string) (string, error) {
+	if err := h.acquire(ctx); err != nil {
+		return "", err
+	}
+	defer h.release()
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), h.cost)
 	if err != nil {
-		a.log.Warn("password not rehashed", "requestId", aboutRequest(r).id, "cause", err)
+		return "", err
 	}
+	// What x/crypto calls $2a$ is what the other implementations call $2b$.
+	return "$2b$" + strings.TrimPrefix(string(hash), "$2a$"), nil
 }
 
-func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
-	c, err := verify(r, a.refresh, refreshCookie(r))
-	if err != nil {
-		a.clearCookie(w)
-		return err
+// matches reports whether password is the one of hash. It takes the same time to say no for a hash
+// of a lower cost than configured, for no hash, and for a password that cannot be right.
+func (h *hasher) matches(ctx context.Context, hash, password string) (bool, error) {
+	possible := len(password) <= maxPasswordBytes && !strings.ContainsRune(password, 0)
+	cost, err := bcrypt.Cost([]byte(hash))
+	if err != nil || cost > maxBcryptCost {
+		possible = false
+		hash, cost = h.dummy, h.cost
 	}
-	var g grant
-	u, err := a.store.findUser(r.Context(), byID, c.UserID) // first: with PostgreSQL down no token is used up
-	if err == nil {
-		g, err = a.store.rotate(r.Context(), u, c.SessionID, c.TokenID, newUUID(), deviceOf(r))
-		a.metrics.add(`latchkey_refresh_total{outcome="`+cmp.Or(g.Outcome, "failed")+`"}`, 1)
-	} else if errors.Is(err, errNoUser) {
-		_ = a.store.revoke(r.Context(), c.UserID, c.SessionID) // it could never be refreshed again anyway
-		err = errEnded
-	}
-	if errors.Is(err, errTheft) || errors.Is(err, errEnded) { // at errReused two tabs raced: the other's cookie stays
-		a.clearCookie(w)
-	}
-	if err != nil {
-		return err
-	}
-	return reply(w, nil, body{"accessToken": a.giveTokens(w, u, g, c.Email)})
-}
 
-// logout ends the session of the access token or, where that is missing or expired, of the cookie.
-func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
-	token, cookie := bearer(r), refreshCookie(r)
-	c, err := verify(r, a.access, token)
-	if cookie != "" && (token == "" || errors.Is(err, errTokenExpired)) {
-		c, err = verify(r, a.refresh, cookie)
+	if err := h.acquire(ctx); err != nil {
+		return false, err
 	}
-	if err == nil {
-		if err = a.store.revoke(r.Context(), c.UserID, c.SessionID); errors.Is(err, errNoSession) {
-			err = errEnded
-		} else if err != nil {
-			return err // with the cookie as it is: the session may live
-		}
+	defer h.release()
+	err = bcrypt.CompareHashAndPassword([]byte(hash), []byte(password))
+	if err == nil && possible {
+		return true, nil
 	}
-	a.clearCookie(w)
-	return reply(w, err, body{"message": "Logout successful"})
-}
-
-func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
-	u, err := a.store.findUser(r.Context(), byID, c.UserID)
-	return reply(w, err, body{"user": body{"id": u.ID, "email": u.Email, "createdAt": u.CreatedAt}})
-}
-
-func (a *auth) listSessions(w http.ResponseWriter, r *http.Request, c claims) error {
-	sessions, err := a.store.sessions(r.Context(), c.UserID, c.SessionID)
-	return reply(w, err, body{"sessions": sessions})
-}
-
-func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) error {
-	err := a.store.revoke(r.Context(), c.UserID, r.PathValue("id"))
-	if err == nil && r.PathValue("id") == c.SessionID {
-		a.clearCookie(w)
+	// 2^cost rounds are done. One hash of each cost from there to h.cost-1 makes them 2^h.cost.
+	for ; cost < h.cost; cost++ {
+		_, _ = bcrypt.GenerateFromPassword(nil, cost)
 	}
-	return reply(w, err, body{"message": "Session revoked"})
-}
-
-func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) error {
-	err := a.store.revokeAll(r.Context(), c.UserID, c.SessionID, "")
-	if err == nil {
-		a.clearCookie(w)
-	}
-	return reply(w, err, body{"message": "All sessions revoked"})
-}
-
-func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) error {
-	in, err := input(w, r, checks{"currentPassword": nil, "newPassword": passwordFault})
-	if err != nil {
-		return err
-	}
-	return a.withPassword(r, byID, c.UserID, normalizeEmail(c.Email), in["currentPassword"], func(u user) error {
-		hash, err := a.hasher.hash(r.Context(), in["newPassword"])
-		if err == nil {
-			err = a.store.replaceHash(r.Context(), u, hash, c.SessionID)
-		}
-		return reply(w, err, body{"message": "Password changed"})
-	})
-}
-
-func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) error {
-	in, err := input(w, r, checks{"password": nil})
-	if err != nil {
-		return err
-	}
-	return a.withPassword(r, byID, c.UserID, normalizeEmail(c.Email), in["password"], func(u user) error {
-		err := a.store.deleteUser(r.Context(), u, c.SessionID)
-		if err == nil {
-			a.clearCookie(w)
-		}
-		return reply(w, err, body{"message": "Account deleted"})
-	})
+	return false, nil
 }

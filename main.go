@@ -1,31 +1,46 @@
-// Latchkey is an auth server: signup, login, refresh with rotation, logout, sessions and password change over HTTP,
-// with users in PostgreSQL and sessions in Redis.
+// Latchkey is an auth server: signup, login, refresh with rotation, logout, sessions and password
+// change over HTTP. Users live in PostgreSQL and sessions in Redis. The server itself keeps
+// nothing, so any number of replicas serve side by side.
 //
-//	main.go        wiring, routes, shutdown, subcommands, configuration
-//	middleware.go  what every request passes; errors become responses here and nowhere else
-//	auth.go        the handlers: what they decide; password hashing
-//	jwt.go         HS256 tokens and strict JSON: pure functions
-//	store.go       users in PostgreSQL, sessions in Redis (session.lua), the migrations of schema.sql
-//	ratelimit.go   limits on requests per IP and on failed logins, counted in Redis (ratelimit.lua)
+//	main.go        run, serve, wiring, routes, configuration
+//	middleware.go  what every request passes; errors become responses here and nowhere else; metrics
+//	auth.go        the handlers under /auth, one after the other; passwords
+//	jwt.go         signing and verifying HS256 tokens: pure functions
+//	store.go       users in PostgreSQL, sessions in Redis (session.lua), migrations (schema.sql)
+//	ratelimit.go   limits on requests and on failed logins, counted in Redis (ratelimit.lua)
 //
-// A request passes observe, cors, rateLimit, the mux, refuseCrossOrigin and, where the route is an account's, requireAuth.
-// Its handler decodes, decides and asks the store; what error it returns is written by writeError.
+// # A request
 //
-// A session is a Redis hash that names the one refresh token it honours. A refresh exchanges that for the next in one
-// Lua script: of any number of simultaneous ones a single one wins, on any number of replicas. An exchanged token shown
-// again is a race within the leeway, and after it theft, which ends the session. An access token names its session and is
-// refused once that is gone. Only a password makes one, so nothing brings it back. A session is bound to a digest of
-// its password hash: a password changed by any means, plain SQL among them, ends it at its next refresh.
+// A request passes observe, cors and rateLimit on its way to the mux, then refuseCrossOrigin, and
+// requireAuth if its route needs an access token. The handler reads the body, decides, asks the
+// store and answers. An error comes back up to handle, which alone writes error bodies.
 //
-//	guessing        bcrypt; limits per account and IP, and per account; no common passwords
-//	enumeration     login answers the same, in the same time, for unknown and known (signup has to tell)
-//	stolen refresh  rotation, reuse detection; HttpOnly, SameSite, Path=/auth
-//	forged token    one algorithm, one header, one spelling; nothing is parsed before its signature
+// # A session
+//
+// A session is a Redis hash that names the one refresh token it honours. A refresh exchanges that
+// token for the next one in a single script, so exactly one of any number of simultaneous
+// refreshes wins, on any number of replicas. An exchanged token that is shown again is a race
+// within the leeway, and a theft after it. Theft ends the session. An access token names its
+// session and is refused once that is gone. Nothing but a password opens a session, so a session
+// that has ended never comes back.
+//
+// A session is bound to a digest of the password hash that it was opened with. A login opens its
+// session while it holds a share lock on the user's row. Whatever replaces the hash ends sessions
+// while it holds the exclusive lock. So a password change leaves no session of the old password.
+// If the hash is changed in another way, by plain SQL perhaps, a session ends at its next refresh.
+//
+// # What is defended against
+//
+//	guessing        bcrypt; limits per account, per address and for both; no common passwords
+//	enumeration     login answers the same, in the same time, for unknown and known emails
+//	stolen refresh  rotation and reuse detection; a cookie that is HttpOnly and SameSite
+//	forged tokens   one algorithm, one header, one spelling; the signature is checked first
 //	CSRF            SameSite; Origin and Sec-Fetch-Site are checked
-//	floods          a limit per IP; hashing in as many slots as processors; everything is bounded
-//	outage          a store that does not answer means 503, never a request let through unchecked
+//	floods          a limit per address; as many hashing slots as processors; everything is bounded
+//	outages         a store that does not answer means 503, never a request let through unchecked
 //
-// A stolen access token works until it expires or its session ends; who controls the stores controls the sessions.
+// A stolen access token works until it expires or its session ends. Whoever controls the stores
+// controls the sessions.
 package main
 
 import (
@@ -43,7 +58,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"path"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -60,6 +74,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
+	"golang.org/x/crypto/bcrypt"
 )
 
 func main() {
@@ -71,58 +86,139 @@ func main() {
 	}
 }
 
-// run carries out the subcommand until it is done or ctx ends.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	env := &environment{getenv: getenv, dev: getenv("NODE_ENV") == "development"}
+// run carries out a subcommand, by default serve, until it is done or ctx ends.
+func run(
+	ctx context.Context,
+	args []string,
+	getenv func(name string) string,
+	stdout, stderr io.Writer,
+) error {
+	env := newEnvironment(getenv)
 	switch command := strings.Join(args, " "); command {
 	case "", "serve":
-		if cfg := env.config(); len(env.faults) == 0 {
-			return serve(ctx, cfg, stdout)
-		}
-		return errors.Join(env.faults...)
-	case "migrate", "migrate status":
-		database := env.database()
-		if len(env.faults) > 0 {
-			return errors.Join(env.faults...)
-		}
-		steps, err := migrate(ctx, database.ConnConfig, schemaSQL, command == "migrate")
-		for _, step := range steps {
-			fmt.Fprintf(stdout, "%s  %-20s  %s\n", step.Version, step.Applied, step.Name)
-		}
-		return err
-	case "healthcheck": // asks the server on this host whether it is ready
-		client := http.Client{Timeout: 3 * time.Second}
-		resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/readyz", env.integer("PORT", "", 0, 65535)))
-		if err == nil && resp.StatusCode != http.StatusOK {
-			err = errors.New(resp.Status)
-		}
-		return errors.Join(append(env.faults, err)...)
+		return runServe(ctx, env, stdout)
+	case "migrate":
+		return runMigrate(ctx, env, stdout)
+	case "migrate status":
+		return runMigrateStatus(ctx, env, stdout)
+	case "healthcheck":
+		return runHealthcheck(ctx, env)
 	case "version":
-		build, _ := debug.ReadBuildInfo()
-		_, err := fmt.Fprintln(stdout, "latchkey", build.Main.Version, build.GoVersion)
-		return err
+		return runVersion(stdout)
 	default:
-		fmt.Fprintln(stderr, "usage: latchkey [serve | migrate | migrate status | healthcheck | version]")
+		fmt.Fprintln(stderr, "usage: latchkey "+
+			"[serve | migrate | migrate status | healthcheck | version]")
 		return fmt.Errorf("unknown command %q", command)
 	}
 }
 
-// processors is how many the process may use. Go lets a hashing goroutine keep its processor for 10 ms; with
-// twice as many threads the kernel shares the real ones out, and favours whoever waited.
+func runServe(ctx context.Context, env *environment, stdout io.Writer) error {
+	cfg := env.config()
+	if err := env.err(); err != nil {
+		return err
+	}
+	return serve(ctx, cfg, stdout)
+}
+
+// runMigrate applies the migrations that the server would apply at its start.
+func runMigrate(ctx context.Context, env *environment, stdout io.Writer) error {
+	database := env.database()
+	if err := env.err(); err != nil {
+		return err
+	}
+	steps, err := migrate(ctx, database.ConnConfig, schemaSQL)
+	printMigrations(stdout, steps)
+	return err
+}
+
+// runMigrateStatus lists the migrations and changes nothing.
+func runMigrateStatus(ctx context.Context, env *environment, stdout io.Writer) error {
+	database := env.database()
+	if err := env.err(); err != nil {
+		return err
+	}
+	steps, err := migrationStatus(ctx, database.ConnConfig, schemaSQL)
+	printMigrations(stdout, steps)
+	return err
+}
+
+func printMigrations(stdout io.Writer, steps []migration) {
+	for _, step := range steps {
+		applied := "pending"
+		if !step.AppliedAt.IsZero() {
+			applied = step.AppliedAt.UTC().Format(time.RFC3339)
+		}
+		fmt.Fprintf(stdout, "%s  %-20s  %s\n", step.Version, applied, step.Name)
+	}
+}
+
+// runHealthcheck asks the server on this host whether it is ready. It is what the image is checked
+// by, since that has no shell and no curl.
+func runHealthcheck(ctx context.Context, env *environment) error {
+	port := env.port()
+	if err := env.err(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	address := fmt.Sprintf("http://127.0.0.1:%d/readyz", port)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return errors.New(resp.Status)
+	}
+	return nil
+}
+
+func runVersion(stdout io.Writer) error {
+	build, ok := debug.ReadBuildInfo()
+	if !ok {
+		return errors.New("the binary has no build information")
+	}
+	_, err := fmt.Fprintln(stdout, "latchkey", build.Main.Version, build.GoVersion)
+	return err
+}
+
+// Serving
+
+const (
+	// readHeaderTimeout, readTimeout, writeTimeout and idleTimeout keep slow clients from holding
+	// connections. A body of 100 KB arrives within 10 s on any line that is of use.
+	readHeaderTimeout = 5 * time.Second
+	readTimeout       = 10 * time.Second
+	writeTimeout      = 30 * time.Second
+	idleTimeout       = 2 * time.Minute
+
+	// maxHeaderBytes leaves room for two tokens of 4 KB and what browsers add.
+	maxHeaderBytes = 16 << 10
+)
+
+// processors returns how many processors the process may use, and doubles GOMAXPROCS. Go lets a
+// hashing goroutine keep its thread for 10 ms at a time. With twice as many threads as processors
+// the kernel shares the processors out, and favours threads that have waited.
 var processors = sync.OnceValue(func() int {
 	n := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(2 * n)
 	return n
 })
 
-// serve migrates, serves until ctx ends, and drains: /readyz says so, the listener closes, requests end, the pools close.
+// serve migrates, serves until ctx ends, and then drains: /readyz says 503, the listener closes,
+// requests in flight end, and the connections to the stores are closed.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	log := newLogger(cfg, stdout)
-	logging.Disable() // what fails a request in go-redis is logged with the request
+	logging.Disable() // go-redis' own log; what fails a request is logged with the request
 	if cfg.randomSecrets {
-		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: random ones, sessions end with this process")
+		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: " +
+			"random ones are used, and sessions end with this process")
 	}
-	if _, err := migrate(ctx, cfg.database.ConnConfig, schemaSQL, true); err != nil {
+	if _, err := migrate(ctx, cfg.database.ConnConfig, schemaSQL); err != nil {
 		return err
 	}
 	db, err := pgxpool.NewWithConfig(context.WithoutCancel(ctx), cfg.database)
@@ -132,40 +228,36 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	defer db.Close()
 	rdb := redis.NewUniversalClient(cfg.redis)
 	defer rdb.Close()
-	var draining atomic.Bool
-	handler, metrics, err := newHandler(cfg, log, db, rdb, &draining)
+	app, err := newApp(cfg, log, db, rdb)
 	if err != nil {
 		return err
 	}
+
 	failed := make(chan error, 2)
-	listen := func(variable, addr string, h http.Handler) *http.Server {
-		server := &http.Server{Handler: h, DisableGeneralOptionsHandler: true, // "OPTIONS *" is answered like anything else
-			ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
-			IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
-		listener, err := net.Listen("tcp", addr)
-		if err != nil {
-			failed <- fmt.Errorf("%s: %v", variable, err)
-			return server
-		}
-		log.Info("listening", "addr", listener.Addr().String(), "for", variable, "env", cfg.env)
-		go func() { failed <- server.Serve(listener) }()
-		return server
-	}
-	server := listen("PORT", ":"+strconv.Itoa(cfg.port), handler)
+	server := newServer(app.handler, log)
 	defer server.Close()
+	if err := listen(server, "PORT", ":"+strconv.Itoa(cfg.port), log, failed); err != nil {
+		return err
+	}
 	if cfg.metricsAddr != "" {
 		mux := http.NewServeMux()
-		mux.Handle("GET /metrics", metrics)
-		defer listen("METRICS_ADDR", cfg.metricsAddr, mux).Close()
+		mux.Handle("GET /metrics", app.metrics)
+		metricsServer := newServer(mux, log)
+		defer metricsServer.Close()
+		if err := listen(metricsServer, "METRICS_ADDR", cfg.metricsAddr, log, failed); err != nil {
+			return err
+		}
 	}
 	select {
 	case err := <-failed:
 		return err
 	case <-ctx.Done():
 	}
+
 	log.Info("shutting down")
-	draining.Store(true)
-	time.Sleep(cfg.shutdownTimeout / 10) // for load balancers to ask /readyz and send no more
+	app.draining.Store(true)
+	// Load balancers ask /readyz meanwhile, and send no more.
+	time.Sleep(cfg.shutdownTimeout / 10)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout*9/10)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
@@ -174,151 +266,350 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	return nil
 }
 
-// newLogger writes JSON lines, or text in development, with times in UTC.
+// newServer returns an HTTP server whose resources are bounded.
+func newServer(h http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:                      h,
+		DisableGeneralOptionsHandler: true, // "OPTIONS *" is answered like everything else
+		ReadHeaderTimeout:            readHeaderTimeout,
+		ReadTimeout:                  readTimeout,
+		WriteTimeout:                 writeTimeout,
+		IdleTimeout:                  idleTimeout,
+		MaxHeaderBytes:               maxHeaderBytes,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+}
+
+// listen opens the listener that a variable asks for and serves on it in the background. If serving
+// ends, the reason is sent to failed.
+func listen(
+	server *http.Server,
+	variable, addr string,
+	log *slog.Logger,
+	failed chan<- error,
+) error {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return fmt.Errorf("%s: %v", variable, err)
+	}
+	log.Info("listening", "addr", listener.Addr().String(), "for", variable)
+	go func() { failed <- server.Serve(listener) }()
+	return nil
+}
+
+// newLogger returns a logger that writes JSON lines, or text in development, with times in UTC.
 func newLogger(cfg config, w io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: cfg.logLevel, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
-		if a.Key == slog.TimeKey && len(groups) == 0 {
-			a.Value = slog.TimeValue(a.Value.Time().UTC())
-		}
-		return a
-	}}
-	if cfg.env == "development" {
+	options := &slog.HandlerOptions{
+		Level: cfg.logLevel,
+		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey && len(groups) == 0 {
+				a.Value = slog.TimeValue(a.Value.Time().UTC())
+			}
+			return a
+		},
+	}
+	if cfg.development {
 		return slog.New(slog.NewTextHandler(w, options))
 	}
 	return slog.New(slog.NewJSONHandler(w, options))
 }
 
-// newHandler wires the parts, lists all routes and shows the order of what a request passes.
-func newHandler(cfg config, log *slog.Logger, db *pgxpool.Pool, rdb redis.UniversalClient, draining *atomic.Bool) (http.Handler, *metrics, error) {
-	hasher, err := newHasher(processors(), cfg.bcryptCost)
-	if err != nil {
-		return nil, nil, err
-	}
-	metrics := newMetrics(gauges(hasher, db, rdb))
-	cfg.store.db, cfg.store.rdb = db, rdb
-	a := &auth{store: &cfg.store, hasher: hasher, logins: &limiter{rdb, cfg.loginMax, cfg.loginWindow}, metrics: metrics, log: log,
-		access: cfg.access, refresh: cfg.refresh, accessTTL: cfg.accessTTL, secureCookie: cfg.env != "development", sameSite: cfg.sameSite}
-	mux, methods, sameOrigin := http.NewServeMux(), map[string][]string{}, refuseCrossOrigin(cfg.origins)
-	route := func(method, path string, h http.Handler) {
-		mux.Handle(method+" "+path, sameOrigin(h))
-		methods[path] = append(methods[path], method)
-	}
-	route("POST", "/auth/signup", handle(a.signup))
-	route("POST", "/auth/login", handle(a.login))
-	route("POST", "/auth/refresh", handle(a.refreshTokens))
-	route("POST", "/auth/logout", handle(a.logout))
-	route("GET", "/auth/me", a.requireAuth(a.me))
-	route("DELETE", "/auth/me", a.requireAuth(a.deleteAccount))
-	route("GET", "/auth/sessions", a.requireAuth(a.listSessions))
-	route("DELETE", "/auth/sessions", a.requireAuth(a.revokeSessions))
-	route("DELETE", "/auth/sessions/{id}", a.requireAuth(a.revokeSession))
-	route("PUT", "/auth/password", a.requireAuth(a.changePassword))
-	route("GET", "/healthz", handle(func(w http.ResponseWriter, _ *http.Request) error {
-		return reply(w, nil, body{"status": "ok"})
-	}))
-	route("GET", "/readyz", readiness(a.store, draining))
-	for path, allowed := range methods { // any other method: RFC 9110 section 15.5.6
-		if slices.Contains(allowed, "GET") {
-			allowed = append(allowed, "HEAD")
-		}
-		slices.Sort(allowed)
-		mux.Handle(path, handle(func(w http.ResponseWriter, _ *http.Request) error {
-			w.Header().Set("Allow", strings.Join(allowed, ", "))
-			return fail("method_not_allowed")
-		}))
-	}
-	limits := &limiter{rdb, cfg.rateMax, cfg.rateWindow}
-	inner := cors(cfg.origins)(rateLimit(limits, metrics)(handle(func(w http.ResponseWriter, r *http.Request) error {
-		if r.Pattern == "" {
-			return fail("not_found")
-		}
-		mux.ServeHTTP(w, r)
-		return nil
-	})))
-	return observe(log, metrics, cfg.trustedProxies)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Noted here for the log of what does not reach the mux, which would redirect to another spelling of a path.
-		if p := r.URL.Path; p == path.Clean("/"+p) && p == r.URL.EscapedPath() {
-			_, r.Pattern = mux.Handler(r)
-		}
-		inner.ServeHTTP(w, r)
-	})), metrics, nil
+// Wiring
+
+// app is the finished server, without its listeners.
+type app struct {
+	handler  http.Handler
+	metrics  *metrics
+	draining *atomic.Bool // set when the process is about to stop
 }
 
-// readiness answers whether both stores do, and whether the process means to stay.
-func readiness(s *store, draining *atomic.Bool) http.Handler {
-	word := map[bool]string{true: "ok", false: "unavailable"}
-	return handle(func(w http.ResponseWriter, r *http.Request) error {
-		postgresErr, redisErr := s.ready(r.Context())
-		status, ready := http.StatusOK, postgresErr == nil && redisErr == nil && !draining.Load()
-		if !ready {
-			status = http.StatusServiceUnavailable
-			w.Header().Set("Retry-After", "1")
-			aboutRequest(r).err = &apiError{code: "unavailable", cause: errors.Join(postgresErr, redisErr)}
+// newApp wires the parts together.
+func newApp(
+	cfg config,
+	log *slog.Logger,
+	db *pgxpool.Pool,
+	rdb redis.UniversalClient,
+) (*app, error) {
+	h, err := newHasher(processors(), cfg.bcryptCost)
+	if err != nil {
+		return nil, err
+	}
+	m := newMetrics(samples(h, db, rdb))
+	s := &store{db: db, rdb: rdb, policy: cfg.sessions}
+	draining := &atomic.Bool{}
+	handlers := &auth{
+		store: s,
+		logins: &loginLimiter{
+			counters: counters{rdb, cfg.loginWindow},
+			max:      cfg.loginMax,
+		},
+		hasher:       h,
+		metrics:      m,
+		log:          log,
+		access:       cfg.access,
+		refresh:      cfg.refresh,
+		accessTTL:    cfg.accessTTL,
+		secureCookie: !cfg.development,
+		sameSite:     cfg.sameSite,
+	}
+	requests := &requestLimiter{
+		counters: counters{rdb, cfg.rateWindow},
+		max:      cfg.rateMax,
+	}
+
+	mux := newMux(routes(handlers, s, draining), refuseCrossOrigin(cfg.origins))
+	pass := chain(
+		observe(log, m, cfg.trustedProxies),
+		matchRoute(mux),
+		cors(cfg.origins),
+		rateLimit(requests, m),
+		refuseUnknown,
+	)
+	return &app{handler: pass(mux), metrics: m, draining: draining}, nil
+}
+
+// route is one row of the table of routes.
+type route struct {
+	method  string
+	path    string
+	handler handlerFunc
+}
+
+// routes returns every route of the server.
+func routes(a *auth, s *store, draining *atomic.Bool) []route {
+	return []route{
+		{"POST", "/auth/signup", a.signup},
+		{"POST", "/auth/login", a.login},
+		{"POST", "/auth/refresh", a.refreshTokens},
+		{"POST", "/auth/logout", a.logout},
+		{"GET", "/auth/me", a.requireAuth(a.me)},
+		{"DELETE", "/auth/me", a.requireAuth(a.deleteAccount)},
+		{"GET", "/auth/sessions", a.requireAuth(a.listSessions)},
+		{"DELETE", "/auth/sessions", a.requireAuth(a.revokeSessions)},
+		{"DELETE", "/auth/sessions/{id}", a.requireAuth(a.revokeSession)},
+		{"PUT", "/auth/password", a.requireAuth(a.changePassword)},
+		{"GET", "/healthz", healthz},
+		{"GET", "/readyz", readyz(s, draining)},
+	}
+}
+
+// newMux returns a mux of the routes. A known path with another method is answered 405 with Allow
+// (RFC 9110 section 15.5.6). A request that has a route then passes pass.
+func newMux(table []route, pass middleware) *http.ServeMux {
+	mux := http.NewServeMux()
+	allowed := map[string][]string{}
+	for _, row := range table {
+		mux.Handle(row.method+" "+row.path, pass(handle(row.handler)))
+		allowed[row.path] = append(allowed[row.path], row.method)
+		if row.method == http.MethodGet {
+			allowed[row.path] = append(allowed[row.path], http.MethodHead)
 		}
-		return writeJSON(w, status, body{"status": word[ready], "postgres": word[postgresErr == nil], "redis": word[redisErr == nil]})
+	}
+	for path, methods := range allowed {
+		slices.Sort(methods)
+		mux.Handle(path, handle(func(w http.ResponseWriter, _ *http.Request) error {
+			w.Header().Set("Allow", strings.Join(methods, ", "))
+			return errMethodNotAllowed
+		}))
+	}
+	return mux
+}
+
+// refuseUnknown answers a request without a route, which the mux would answer in plain text.
+func refuseUnknown(next http.Handler) http.Handler {
+	return handle(func(w http.ResponseWriter, r *http.Request) error {
+		if r.Pattern == "" {
+			return errNotFound
+		}
+		next.ServeHTTP(w, r)
+		return nil
 	})
 }
 
-// gauges is what metrics reads when it is asked: hashing, connection pools, Go's runtime.
-func gauges(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) map[string]func() float64 {
-	return map[string]func() float64{
-		"latchkey_hashing_slots":                        func() float64 { return float64(cap(h.slots)) },
-		"latchkey_hashing_slots_in_use":                 func() float64 { return float64(len(h.slots)) },
-		"latchkey_hashing_waiting":                      func() float64 { return float64(h.waiting.Load()) },
-		"latchkey_hashing_refused_total":                func() float64 { return float64(h.refused.Load()) },
-		`latchkey_postgres_connections{state="idle"}`:   func() float64 { return float64(db.Stat().IdleConns()) },
-		`latchkey_postgres_connections{state="in_use"}`: func() float64 { return float64(db.Stat().AcquiredConns()) },
-		`latchkey_redis_connections{state="idle"}`:      func() float64 { return float64(rdb.PoolStats().IdleConns) },
-		`latchkey_redis_connections{state="open"}`:      func() float64 { return float64(rdb.PoolStats().TotalConns) },
-		"go_goroutines":                                 func() float64 { return float64(runtime.NumGoroutine()) },
-		"go_memstats_sys_bytes":                         func() float64 { var m runtime.MemStats; runtime.ReadMemStats(&m); return float64(m.Sys) },
+// healthAnswer says whether the process serves.
+type healthAnswer struct {
+	Status string `json:"status"`
+}
+
+// readyAnswer says whether the process serves, and whether each store does.
+type readyAnswer struct {
+	Status   string `json:"status"`
+	Postgres string `json:"postgres"`
+	Redis    string `json:"redis"`
+}
+
+// healthz answers while the process serves.
+func healthz(w http.ResponseWriter, _ *http.Request) error {
+	return writeJSON(w, http.StatusOK, healthAnswer{"ok"})
+}
+
+// readyz answers 200 while both stores answer and the process does not mean to stop.
+func readyz(s *store, draining *atomic.Bool) handlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		postgresErr := s.postgresReady(r.Context())
+		redisErr := s.redisReady(r.Context())
+		answer := readyAnswer{
+			Status:   "ok",
+			Postgres: availability(postgresErr),
+			Redis:    availability(redisErr),
+		}
+		if postgresErr == nil && redisErr == nil && !draining.Load() {
+			return writeJSON(w, http.StatusOK, answer)
+		}
+		infoOf(r).err = fmt.Errorf("%w: %v", errUnavailable, errors.Join(postgresErr, redisErr))
+		answer.Status = "unavailable"
+		w.Header().Set("Retry-After", "1")
+		return writeJSON(w, http.StatusServiceUnavailable, answer)
 	}
 }
 
-// config is what the environment says, checked.
-type config struct {
-	env, metricsAddr                                             string
-	port, rateMax, rateWindow, loginMax, loginWindow, bcryptCost int
-	accessTTL, shutdownTimeout                                   time.Duration
-	database                                                     *pgxpool.Config
-	redis                                                        *redis.UniversalOptions
-	store                                                        store // but for its clients
-	access, refresh                                              keys
-	randomSecrets                                                bool
-	origins                                                      []string
-	trustedProxies                                               []netip.Prefix
-	sameSite                                                     http.SameSite
-	logLevel                                                     slog.Level
+func availability(err error) string {
+	if err != nil {
+		return "unavailable"
+	}
+	return "ok"
 }
 
-// environment reads variables and collects their faults, each with the variable's name and never with its value.
+// samples returns the metrics that are read when they are scraped.
+func samples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sample {
+	return []sample{
+		{
+			name: "latchkey_hashing_slots",
+			kind: "gauge",
+			help: "Passwords that can be hashed at the same time.",
+			read: func() float64 { return float64(cap(h.slots)) },
+		},
+		{
+			name: "latchkey_hashing_slots_in_use",
+			kind: "gauge",
+			help: "Passwords that are being hashed.",
+			read: func() float64 { return float64(len(h.slots)) },
+		},
+		{
+			name: "latchkey_hashing_waiting",
+			kind: "gauge",
+			help: "Requests that wait for a hashing slot.",
+			read: func() float64 { return float64(h.waiting.Load()) },
+		},
+		{
+			name: "latchkey_hashing_refused_total",
+			kind: "counter",
+			help: "Requests refused because no hashing slot came free in time.",
+			read: func() float64 { return float64(h.refused.Load()) },
+		},
+		{
+			name:   "latchkey_postgres_connections",
+			labels: `{state="idle"}`,
+			kind:   "gauge",
+			help:   "Connections to PostgreSQL.",
+			read:   func() float64 { return float64(db.Stat().IdleConns()) },
+		},
+		{
+			name:   "latchkey_postgres_connections",
+			labels: `{state="in_use"}`,
+			read:   func() float64 { return float64(db.Stat().AcquiredConns()) },
+		},
+		{
+			name:   "latchkey_redis_connections",
+			labels: `{state="idle"}`,
+			kind:   "gauge",
+			help:   "Connections to Redis.",
+			read:   func() float64 { return float64(rdb.PoolStats().IdleConns) },
+		},
+		{
+			name:   "latchkey_redis_connections",
+			labels: `{state="open"}`,
+			read:   func() float64 { return float64(rdb.PoolStats().TotalConns) },
+		},
+		{
+			name: "go_goroutines",
+			kind: "gauge",
+			help: "Goroutines that exist.",
+			read: func() float64 { return float64(runtime.NumGoroutine()) },
+		},
+		{
+			name: "go_memstats_sys_bytes",
+			kind: "gauge",
+			help: "Bytes of memory obtained from the system.",
+			read: systemMemory,
+		},
+	}
+}
+
+func systemMemory() float64 {
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	return float64(stats.Sys)
+}
+
+// Configuration
+
+// config is what the environment says, checked.
+type config struct {
+	development     bool
+	port            int
+	database        *pgxpool.Config
+	redis           *redis.UniversalOptions
+	origins         []string
+	access          keys
+	refresh         keys
+	randomSecrets   bool
+	accessTTL       time.Duration
+	sessions        sessionPolicy
+	rateMax         int
+	rateWindow      int // seconds
+	loginMax        int
+	loginWindow     int // seconds
+	sameSite        http.SameSite
+	trustedProxies  []netip.Prefix
+	bcryptCost      int
+	metricsAddr     string // empty: no metrics
+	logLevel        slog.Level
+	shutdownTimeout time.Duration
+}
+
+// environment reads variables and collects their faults, so that all are reported at once. A fault
+// names its variable and never shows its value.
 type environment struct {
-	getenv func(string) string
-	dev    bool
-	faults []error
+	getenv      func(name string) string
+	development bool
+	faults      []error
+}
+
+func newEnvironment(getenv func(name string) string) *environment {
+	return &environment{
+		getenv:      getenv,
+		development: getenv("NODE_ENV") == "development",
+	}
+}
+
+// err returns all faults, one on each line.
+func (e *environment) err() error {
+	return errors.Join(e.faults...)
 }
 
 func (e *environment) fault(name, format string, args ...any) {
 	e.faults = append(e.faults, fmt.Errorf(name+": "+format, args...))
 }
 
-// inDevelopment is what only development has a default for.
-var inDevelopment = map[string]string{"PORT": "3000", "DB_POOL_SIZE": "10", "FRONTEND_URL": "http://localhost:5173",
-	"DATABASE_URL": "postgres://localhost:5432/postgres", "REDIS_URL": "redis://localhost:6379"}
+// text returns a variable, or the default if it is unset or empty.
+func (e *environment) text(name, defaultValue string) string {
+	return cmp.Or(e.getenv(name), defaultValue)
+}
 
-// text returns a variable, its default where it is unset or empty; without a default it is required.
-func (e *environment) text(name, fallback string) string {
-	if fallback == "" && e.dev {
-		fallback = inDevelopment[name]
+// required returns a variable that only development has a default for.
+func (e *environment) required(name, developmentValue string) string {
+	value := e.getenv(name)
+	if value == "" && e.development {
+		return developmentValue
 	}
-	value := cmp.Or(e.getenv(name), fallback)
 	if value == "" {
 		e.fault(name, "is required")
 	}
 	return value
 }
 
-// oneOf reads a word of a list; the first is the default.
+// oneOf returns a variable that is one of some words. The first word is the default.
 func (e *environment) oneOf(name string, words ...string) string {
 	word := e.text(name, words[0])
 	if !slices.Contains(words, word) {
@@ -327,133 +618,292 @@ func (e *environment) oneOf(name string, words ...string) string {
 	return word
 }
 
-func (e *environment) integer(name, fallback string, low, high int) int {
-	value := e.text(name, fallback)
+// integer reads a value that is a whole number from low to high. An empty value is no fault of its
+// own: whoever read it has noted that it is required.
+func (e *environment) integer(name, value string, low, high int) int {
+	if value == "" {
+		return 0
+	}
 	n, err := strconv.Atoi(value)
-	if value != "" && (err != nil || n < low || n > high) {
+	if err != nil || n < low || n > high {
 		e.fault(name, "must be a whole number from %d to %d", low, high)
 	}
 	return n
 }
 
-// duration reads a Go duration of at least low; times in tokens and Redis are whole seconds, so those step by one.
-func (e *environment) duration(name, fallback string, low, step time.Duration) time.Duration {
-	d, err := time.ParseDuration(e.text(name, fallback))
+// count returns a variable that is a whole number from low on.
+func (e *environment) count(name, defaultValue string, low int) int {
+	return e.integer(name, e.text(name, defaultValue), low, math.MaxInt32)
+}
+
+// duration returns a variable that is a Go duration of at least low, in whole steps.
+func (e *environment) duration(name, defaultValue string, low, step time.Duration) time.Duration {
+	d, err := time.ParseDuration(e.text(name, defaultValue))
 	if err != nil || d < low || d%step != 0 {
-		e.fault(name, "must be a duration such as %s, at least %v, in steps of %v", fallback, low, step)
+		e.fault(name, "must be a duration such as %s, at least %v, in steps of %v",
+			defaultValue, low, step)
 	}
 	return d
 }
 
-// An origin as browsers write it is in lower case and has no default port (RFC 6454 section 6.2).
-var (
-	originForm  = regexp.MustCompile(`^https?://(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[1-9][0-9]{0,4})?$`)
-	defaultPort = regexp.MustCompile(`^(http://.*):80$|^(https://.*):443$`)
-)
-
-func (e *environment) config() config {
-	c := config{
-		env:         e.oneOf("NODE_ENV", "production", "staging", "development"),
-		port:        e.integer("PORT", "", 0, 65535),
-		database:    e.database(),
-		redis:       e.redis(),
-		accessTTL:   e.duration("ACCESS_TOKEN_TTL", "15m", time.Second, time.Second),
-		rateMax:     e.integer("RATE_LIMIT_MAX", "100", 0, math.MaxInt32),
-		rateWindow:  e.integer("RATE_LIMIT_WINDOW", "60", 1, math.MaxInt32),
-		loginMax:    e.integer("LOGIN_LIMIT_MAX", "10", 0, math.MaxInt32),
-		loginWindow: e.integer("LOGIN_LIMIT_WINDOW", "900", 1, math.MaxInt32),
-		store: store{
-			refreshTTL: e.duration("REFRESH_TOKEN_TTL", "168h", time.Second, time.Second),
-			sessionTTL: e.duration("SESSION_MAX_TTL", "720h", time.Second, time.Second),
-			leeway:     e.duration("REFRESH_REUSE_LEEWAY", "10s", 0, time.Millisecond),
-			resend:     e.oneOf("REFRESH_REUSE_POLICY", "refuse", "resend") == "resend",
-		},
-		sameSite: map[string]http.SameSite{"strict": http.SameSiteStrictMode, "lax": http.SameSiteLaxMode,
-			"none": http.SameSiteNoneMode}[e.oneOf("COOKIE_SAMESITE", "strict", "lax", "none")],
-		bcryptCost:      e.integer("BCRYPT_COST", "12", map[bool]int{true: 4, false: 12}[e.dev], 16),
-		metricsAddr:     e.getenv("METRICS_ADDR"),
-		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
-	}
-	e.secrets(&c)
-	frontends := e.text("FRONTEND_URL", "")
-	for item := range strings.SplitSeq(frontends, ",") {
-		origin := strings.TrimSuffix(strings.ToLower(strings.TrimSpace(item)), "/")
-		c.origins = append(c.origins, defaultPort.ReplaceAllString(origin, "$1$2"))
-		if frontends != "" && !originForm.MatchString(origin) {
-			e.fault("FRONTEND_URL", "must be origins such as https://app.example.com, separated by commas")
-			break
-		}
-	}
-	for item := range strings.FieldsFuncSeq(e.getenv("TRUSTED_PROXIES"), func(r rune) bool { return r == ',' || r == ' ' }) {
-		prefix, err := netip.ParsePrefix(item)
-		if err != nil || prefix.Addr().Is4In6() {
-			e.fault("TRUSTED_PROXIES", "must be CIDRs such as 10.0.0.0/8, separated by commas")
-		}
-		c.trustedProxies = append(c.trustedProxies, prefix)
-	}
-	if c.sameSite == http.SameSiteNoneMode && e.dev {
-		e.fault("COOKIE_SAMESITE", "none needs a secure cookie, which development does not set")
-	}
-	if _, err := net.ResolveTCPAddr("tcp", c.metricsAddr); c.metricsAddr != "" && err != nil {
-		e.fault("METRICS_ADDR", "must be host:port")
-	}
-	_ = c.logLevel.UnmarshalText([]byte(e.oneOf("LOG_LEVEL", "info", "debug", "warn", "error"))) // oneOf notes a fault
-	return c
+// lifetime returns a variable that is a duration in whole seconds, as tokens and Redis keep it.
+func (e *environment) lifetime(name, defaultValue string) time.Duration {
+	return e.duration(name, defaultValue, time.Second, time.Second)
 }
 
-// database reads DATABASE_URL and DB_POOL_SIZE. Connections run in UTC, so that an adopted table's times without a
-// zone are read, and written, as UTC.
-func (e *environment) database() *pgxpool.Config {
-	value, size := e.text("DATABASE_URL", ""), e.integer("DB_POOL_SIZE", "", 1, math.MaxInt32)
-	cfg, err := pgxpool.ParseConfig(value)
-	if err != nil || !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://") ||
-		strings.Contains(cfg.ConnConfig.Database, "@") { // a password with a slash in it, which an error would print
-		if value != "" {
-			e.fault("DATABASE_URL", "must be a PostgreSQL URL, postgres://user:password@host:port/database")
-		}
-		return nil
+// config reads the whole configuration.
+func (e *environment) config() config {
+	e.oneOf("NODE_ENV", "production", "staging", "development")
+	cfg := config{
+		development: e.development,
+		port:        e.port(),
+		database:    e.database(),
+		redis:       e.redis(),
+		origins:     e.origins(),
+		accessTTL:   e.lifetime("ACCESS_TOKEN_TTL", "15m"),
+		sessions: sessionPolicy{
+			RefreshTTL: e.lifetime("REFRESH_TOKEN_TTL", "168h"),
+			SessionTTL: e.lifetime("SESSION_MAX_TTL", "720h"),
+			Leeway:     e.duration("REFRESH_REUSE_LEEWAY", "10s", 0, time.Millisecond),
+			Resend:     e.oneOf("REFRESH_REUSE_POLICY", "refuse", "resend") == "resend",
+		},
+		rateMax:         e.count("RATE_LIMIT_MAX", "100", 0),
+		rateWindow:      e.count("RATE_LIMIT_WINDOW", "60", 1),
+		loginMax:        e.count("LOGIN_LIMIT_MAX", "10", 0),
+		loginWindow:     e.count("LOGIN_LIMIT_WINDOW", "900", 1),
+		sameSite:        e.sameSite(),
+		trustedProxies:  e.trustedProxies(),
+		bcryptCost:      e.bcryptCost(),
+		metricsAddr:     e.metricsAddr(),
+		logLevel:        e.logLevel(),
+		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
 	}
-	cfg.MaxConns = int32(size)
-	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, postgresTimeout)
-	maps.DeleteFunc(cfg.ConnConfig.RuntimeParams, func(name, _ string) bool { return strings.EqualFold(name, "timezone") })
-	cfg.ConnConfig.RuntimeParams["timezone"], cfg.ConnConfig.RuntimeParams["client_encoding"] = "UTC", "UTF8"
+	e.secrets(&cfg)
 	return cfg
 }
 
-// redis reads REDIS_URL. A call that is not answered in time has failed, and the client sends nothing a second time: what
-// counts or rotates may have been carried out although its answer was lost. (A cluster's moved slot is a 503, once.)
-func (e *environment) redis() *redis.UniversalOptions {
-	value := e.text("REDIS_URL", "")
-	o := &redis.UniversalOptions{MaxRetries: -1, MaxRedirects: -1, DialerRetries: 1, DialTimeout: redisTimeout, ReadTimeout: redisTimeout,
-		WriteTimeout: redisTimeout, PoolSize: 100, PipelinePoolSize: -1, PoolTimeout: redisTimeout / 4,
-		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}}
-	if c, err := redis.ParseClusterURL(value); err == nil && len(c.Addrs) > 1 {
-		o.IsClusterMode, o.Addrs, o.Username, o.Password, o.TLSConfig = true, c.Addrs, c.Username, c.Password, c.TLSConfig
-	} else if c, err := redis.ParseURL(value); err == nil && c.Network == "tcp" {
-		o.Addrs, o.DB, o.Username, o.Password, o.TLSConfig = []string{c.Addr}, c.DB, c.Username, c.Password, c.TLSConfig
-	} else if value != "" {
-		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, or rediss:// for TLS")
-	}
-	return o
+func (e *environment) port() int {
+	return e.integer("PORT", e.required("PORT", "3000"), 0, math.MaxUint16)
 }
 
-// secrets reads the four secrets. They all differ: else a token of one kind would pass for the other.
-func (e *environment) secrets(c *config) {
-	var values [4][]byte
-	for i, name := range []string{"JWT_SECRET", "JWT_REFRESH_SECRET", "JWT_SECRET_PREVIOUS", "JWT_REFRESH_SECRET_PREVIOUS"} {
-		value := e.getenv(name)
-		switch {
-		case value == "" && i >= 2: // there was none before
-		case value == "" && e.dev:
-			value, c.randomSecrets = rand.Text()+rand.Text(), true
-		case value == "":
-			e.fault(name, "is required")
-		case utf8.RuneCountInString(value) < 32:
-			e.fault(name, "must be at least 32 characters")
-		case slices.ContainsFunc(values[:i], func(other []byte) bool { return string(other) == value }):
-			e.fault(name, "must differ from the other secrets")
-		}
-		values[i] = []byte(value)
+// database reads DATABASE_URL and DB_POOL_SIZE.
+func (e *environment) database() *pgxpool.Config {
+	value := e.required("DATABASE_URL", "postgres://localhost:5432/postgres")
+	size := e.integer("DB_POOL_SIZE", e.required("DB_POOL_SIZE", "10"), 1, math.MaxInt32)
+	if value == "" {
+		return nil
 	}
-	c.access, c.refresh = keys{values[0], values[2]}, keys{values[1], values[3]}
+	isPostgres := strings.HasPrefix(value, "postgres://") ||
+		strings.HasPrefix(value, "postgresql://")
+	cfg, err := pgxpool.ParseConfig(value)
+	if err != nil || !isPostgres || !hasPlainUserinfo(value) {
+		e.fault("DATABASE_URL", "must be a PostgreSQL URL, "+
+			"postgres://user:password@host:port/database, with an @ in the password as %%40")
+		return nil
+	}
+
+	cfg.MaxConns = int32(size)
+	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, postgresTimeout)
+	params := cfg.ConnConfig.RuntimeParams
+	maps.DeleteFunc(params, func(name, _ string) bool {
+		return strings.EqualFold(name, "timezone")
+	})
+	params["timezone"] = "UTC" // the times without a zone of an adopted table are in UTC
+	params["client_encoding"] = "UTF8"
+	return cfg
+}
+
+// hasPlainUserinfo reports whether a URL has at most one @, the one before its host. Another @ is
+// most likely a part of the password, which would then be taken for a host and shown in an error.
+func hasPlainUserinfo(value string) bool {
+	_, rest, _ := strings.Cut(value, "://")
+	authority := rest
+	if end := strings.IndexAny(rest, "/?#"); end >= 0 {
+		authority = rest[:end]
+	}
+	all := strings.Count(rest, "@")
+	return all <= 1 && all == strings.Count(authority, "@")
+}
+
+// redis reads REDIS_URL. The client sends nothing a second time: what counts or rotates may have
+// been carried out although its answer was lost. For a slot of a cluster that has moved, this means
+// an error until the client has the new map.
+func (e *environment) redis() *redis.UniversalOptions {
+	options := &redis.UniversalOptions{
+		MaxRetries:       -1, // none
+		MaxRedirects:     -1, // none
+		DialerRetries:    1,  // dial once
+		DialTimeout:      redisTimeout,
+		ReadTimeout:      redisTimeout,
+		WriteTimeout:     redisTimeout,
+		PoolSize:         100,              // few requests wait for a connection
+		PoolTimeout:      redisTimeout / 4, // and those not for long
+		PipelinePoolSize: -1,               // no second pool to wait for when Redis is silent
+		MaintNotificationsConfig: &maintnotifications.Config{
+			Mode: maintnotifications.ModeDisabled,
+		},
+	}
+	value := e.required("REDIS_URL", "redis://localhost:6379")
+	if value == "" {
+		return options
+	}
+	cluster, clusterErr := redis.ParseClusterURL(value)
+	single, singleErr := redis.ParseURL(value)
+	switch {
+	case !hasPlainUserinfo(value):
+		e.fault("REDIS_URL", "must have an @ in the password as %%40")
+	case clusterErr == nil && len(cluster.Addrs) > 1:
+		options.IsClusterMode = true
+		options.Addrs = cluster.Addrs
+		options.Username = cluster.Username
+		options.Password = cluster.Password
+		options.TLSConfig = cluster.TLSConfig
+	case singleErr == nil && single.Network == "tcp":
+		options.Addrs = []string{single.Addr}
+		options.DB = single.DB
+		options.Username = single.Username
+		options.Password = single.Password
+		options.TLSConfig = single.TLSConfig
+	default:
+		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, "+
+			"or rediss:// for TLS")
+	}
+	return options
+}
+
+var (
+	// originForm is an origin as browsers write it, in lower case (RFC 6454 section 6.2).
+	originForm = regexp.MustCompile(`^https?://` +
+		`(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[1-9][0-9]{0,4})?$`)
+
+	// defaultPort is the port that browsers leave out.
+	defaultPort = regexp.MustCompile(`^(http://.*):80$|^(https://.*):443$`)
+)
+
+// origins reads FRONTEND_URL.
+func (e *environment) origins() []string {
+	value := e.required("FRONTEND_URL", "http://localhost:5173")
+	if value == "" {
+		return nil
+	}
+	var origins []string
+	for item := range strings.SplitSeq(value, ",") {
+		origin := strings.TrimSuffix(strings.ToLower(strings.TrimSpace(item)), "/")
+		if !originForm.MatchString(origin) {
+			e.fault("FRONTEND_URL",
+				"must be origins such as https://app.example.com, separated by commas")
+			return nil
+		}
+		origins = append(origins, defaultPort.ReplaceAllString(origin, "$1$2"))
+	}
+	return origins
+}
+
+func (e *environment) sameSite() http.SameSite {
+	switch e.oneOf("COOKIE_SAMESITE", "strict", "lax", "none") {
+	case "lax":
+		return http.SameSiteLaxMode
+	case "none":
+		if e.development {
+			e.fault("COOKIE_SAMESITE",
+				"none needs a secure cookie, which development does not set")
+		}
+		return http.SameSiteNoneMode
+	default:
+		return http.SameSiteStrictMode
+	}
+}
+
+func (e *environment) trustedProxies() []netip.Prefix {
+	separator := func(r rune) bool { return r == ',' || r == ' ' }
+	var prefixes []netip.Prefix
+	for item := range strings.FieldsFuncSeq(e.getenv("TRUSTED_PROXIES"), separator) {
+		prefix, err := netip.ParsePrefix(item)
+		if err != nil || prefix.Addr().Is4In6() {
+			e.fault("TRUSTED_PROXIES", "must be CIDRs such as 10.0.0.0/8, separated by commas")
+			return nil
+		}
+		prefixes = append(prefixes, prefix)
+	}
+	return prefixes
+}
+
+// bcryptCost reads BCRYPT_COST. Only development may have hashes that are cheap to try.
+func (e *environment) bcryptCost() int {
+	lowest := 12
+	if e.development {
+		lowest = bcrypt.MinCost
+	}
+	return e.integer("BCRYPT_COST", e.text("BCRYPT_COST", "12"), lowest, maxBcryptCost)
+}
+
+func (e *environment) metricsAddr() string {
+	addr := e.getenv("METRICS_ADDR")
+	if _, err := net.ResolveTCPAddr("tcp", addr); addr != "" && err != nil {
+		e.fault("METRICS_ADDR", "must be host:port")
+	}
+	return addr
+}
+
+func (e *environment) logLevel() slog.Level {
+	var level slog.Level
+	word := e.oneOf("LOG_LEVEL", "info", "debug", "warn", "error")
+	_ = level.UnmarshalText([]byte(word)) // oneOf has noted a fault
+	return level
+}
+
+// secrets reads the secrets. All of them differ, or a token of one kind would pass for the other.
+func (e *environment) secrets(cfg *config) {
+	const (
+		access          = "JWT_SECRET"
+		refresh         = "JWT_REFRESH_SECRET"
+		accessPrevious  = "JWT_SECRET_PREVIOUS"
+		refreshPrevious = "JWT_REFRESH_SECRET_PREVIOUS"
+	)
+	cfg.access = keys{
+		current:  e.secret(access),
+		previous: e.previousSecret(accessPrevious, access, refresh),
+	}
+	cfg.refresh = keys{
+		current:  e.secret(refresh, access),
+		previous: e.previousSecret(refreshPrevious, access, refresh, accessPrevious),
+	}
+	cfg.randomSecrets = e.getenv(access) == "" || e.getenv(refresh) == ""
+}
+
+// secret returns a secret that differs from those of the variables named by others. In development
+// it is a random one if none is given.
+func (e *environment) secret(name string, others ...string) []byte {
+	value := e.getenv(name)
+	if value == "" && e.development {
+		return []byte(rand.Text() + rand.Text())
+	}
+	if value == "" {
+		e.fault(name, "is required")
+		return nil
+	}
+	e.checkSecret(name, value, others)
+	return []byte(value)
+}
+
+// previousSecret returns a secret that may be missing.
+func (e *environment) previousSecret(name string, others ...string) []byte {
+	value := e.getenv(name)
+	if value != "" {
+		e.checkSecret(name, value, others)
+	}
+	return []byte(value)
+}
+
+func (e *environment) checkSecret(name, value string, others []string) {
+	const minCharacters = 32 // as many bytes as HMAC-SHA-256 needs (RFC 7518 section 3.2)
+	isTaken := func(other string) bool { return e.getenv(other) == value }
+	switch {
+	case utf8.RuneCountInString(value) < minCharacters:
+		e.fault(name, "must be at least %d characters", minCharacters)
+	case strings.TrimSpace(value) != value:
+		e.fault(name, "must not begin or end with white space")
+	case slices.ContainsFunc(others, isTaken):
+		e.fault(name, "must differ from the other secrets")
+	}
 }

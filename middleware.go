@@ -1,8 +1,11 @@
 package main
 
-// middleware.go is what every request passes on its way to a handler, and where errors become responses.
+// middleware.go holds what every request passes on its way to a handler. Errors become responses
+// here and nowhere else, and requests are counted here.
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -14,6 +17,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"path"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -23,105 +27,172 @@ import (
 	"time"
 )
 
-// apiError is an error that the caller is told of. Its code decides status and message; cause is for the log.
-type apiError struct {
-	code       string
-	details    map[string]string // field name to message, with validation_failed
-	retryAfter time.Duration     // with 429; a 503 says one second
-	cause      error
-}
+// Errors and responses
 
-func (e *apiError) Error() string { return fmt.Sprintf("%s: %v", e.code, e.cause) }
+var (
+	errInvalidJSON          = errors.New("body is not one JSON object of the right types")
+	errValidation           = errors.New("body has fields that are not acceptable")
+	errInvalidCredentials   = errors.New("wrong password or unknown email")
+	errMissingToken         = errors.New("no token was shown")
+	errCrossOrigin          = errors.New("request of a foreign origin")
+	errNotFound             = errors.New("no such route")
+	errMethodNotAllowed     = errors.New("the route has other methods")
+	errBodyTooLarge         = errors.New("body is too large")
+	errUnsupportedMediaType = errors.New("body is not declared as JSON")
+	errRateLimited          = errors.New("too many requests from this address")
+	errTooManyAttempts      = errors.New("too many failed logins")
+	errInternal             = errors.New("internal error")
+	errOverloaded           = errors.New("no hashing slot came free in time")
+)
 
-func fail(code string) error { return &apiError{code: code} }
-
-// responses says what a code is answered with, and which error of store.go or jwt.go it stands for.
-var responses = map[string]struct {
-	status  int
-	message string
+// errorResponse is what an error is answered with.
+type errorResponse struct {
 	err     error
-}{
-	"invalid_json":           {400, "Request body is not a valid JSON object", nil},
-	"validation_failed":      {400, "Validation failed", nil},
-	"email_exists":           {400, "Email already exists", errEmailExists},
-	"invalid_credentials":    {401, "Invalid credentials", nil},
-	"missing_token":          {401, "Authentication required", nil},
-	"token_expired":          {401, "Token has expired", errTokenExpired},
-	"invalid_token":          {401, "Invalid token", errTokenInvalid},
-	"session_revoked":        {401, "Session has ended", errEnded},
-	"refresh_reused":         {401, "Refresh token has already been used", errReused},
-	"cross_origin":           {403, "Cross-origin request refused", nil},
-	"not_found":              {404, "Not found", nil},
-	"user_not_found":         {404, "User not found", errNoUser},
-	"session_not_found":      {404, "Session not found", errNoSession},
-	"method_not_allowed":     {405, "Method not allowed", nil},
-	"body_too_large":         {413, "Request body is too large", nil},
-	"unsupported_media_type": {415, "Content-Type must be application/json", nil},
-	"rate_limited":           {429, "Too many requests", nil},
-	"too_many_attempts":      {429, "Too many failed attempts", nil},
-	"internal":               {500, "Internal server error", nil},
-	"unavailable":            {503, "Service temporarily unavailable", errUnavailable},
-	"overloaded":             {503, "Server is busy", nil},
+	status  int
+	code    string
+	message string
 }
 
-// writeError answers err: as its code says or, where it has none, as internal. Nothing else of it reaches the caller.
+// errorResponses lists every answer that is an error. The first one whose err an error wraps is its
+// answer. An error that is not listed is answered as errInternal.
+var errorResponses = []errorResponse{
+	{errInvalidJSON, 400, "invalid_json", "Request body is not a valid JSON object"},
+	{errValidation, 400, "validation_failed", "Validation failed"},
+	{errEmailExists, 400, "email_exists", "Email already exists"},
+	{errInvalidCredentials, 401, "invalid_credentials", "Invalid credentials"},
+	{errMissingToken, 401, "missing_token", "Authentication required"},
+	{errTokenExpired, 401, "token_expired", "Token has expired"},
+	{errTokenInvalid, 401, "invalid_token", "Invalid token"},
+	{errEnded, 401, "session_revoked", "Session has ended"},
+	{errReused, 401, "refresh_reused", "Refresh token has already been used"},
+	{errCrossOrigin, 403, "cross_origin", "Cross-origin request refused"},
+	{errNotFound, 404, "not_found", "Not found"},
+	{errNoUser, 404, "user_not_found", "User not found"},
+	{errNoSession, 404, "session_not_found", "Session not found"},
+	{errMethodNotAllowed, 405, "method_not_allowed", "Method not allowed"},
+	{errBodyTooLarge, 413, "body_too_large", "Request body is too large"},
+	{errUnsupportedMediaType, 415, "unsupported_media_type",
+		"Content-Type must be application/json"},
+	{errRateLimited, 429, "rate_limited", "Too many requests"},
+	{errTooManyAttempts, 429, "too_many_attempts", "Too many failed attempts"},
+	{errInternal, 500, "internal", "Internal server error"},
+	{errUnavailable, 503, "unavailable", "Service temporarily unavailable"},
+	{errOverloaded, 503, "overloaded", "Server is busy"},
+}
+
+// responseTo returns the answer to err.
+func responseTo(err error) errorResponse {
+	for _, response := range errorResponses {
+		if errors.Is(err, response.err) {
+			return response
+		}
+	}
+	return responseTo(errInternal)
+}
+
+// validationError maps each field that is not acceptable to what is wrong with it.
+type validationError map[string]string
+
+func (e validationError) Error() string { return errValidation.Error() }
+func (e validationError) Unwrap() error { return errValidation }
+
+// limitError is errRateLimited or errTooManyAttempts with the time to wait.
+type limitError struct {
+	limit      error
+	retryAfter time.Duration
+}
+
+func (e *limitError) Error() string { return e.limit.Error() }
+func (e *limitError) Unwrap() error { return e.limit }
+
+// errorAnswer is the body of every error.
+type errorAnswer struct {
+	Error      string            `json:"error"`
+	StatusCode int               `json:"statusCode"`
+	RequestID  string            `json:"requestId"`
+	Timestamp  string            `json:"timestamp"`
+	Code       string            `json:"code"`
+	Details    map[string]string `json:"details,omitempty"`
+}
+
+// writeError answers err and notes it for the log. The caller learns what the contract says and
+// nothing else.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
-	var e *apiError
-	if !errors.As(err, &e) {
-		e = &apiError{code: "internal", cause: err}
-		for code, response := range responses {
-			if response.err != nil && errors.Is(err, response.err) {
-				e.code = code
-			}
-		}
-	}
-	about, response := aboutRequest(r), responses[e.code]
-	about.err = e
+	info := infoOf(r)
+	info.err = err
+	response := responseTo(err)
+
 	switch response.status {
-	case http.StatusUnauthorized: // RFC 6750 section 3
-		w.Header().Set("WWW-Authenticate", "Bearer")
-		if about.bearer && e.code != "invalid_credentials" {
-			w.Header().Set("WWW-Authenticate", `Bearer error="invalid_token"`)
-		}
+	case http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", challenge(info, err))
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", seconds(e.retryAfter))
+		w.Header().Set("Retry-After", seconds(retryAfter(err)))
 	}
-	told := body{"error": response.message, "statusCode": response.status, "requestId": about.id,
-		"timestamp": time.Now().UTC().Format(time.RFC3339), "code": e.code}
-	if e.details != nil {
-		told["details"] = e.details
+	answer := errorAnswer{
+		Error:      response.message,
+		StatusCode: response.status,
+		RequestID:  info.id,
+		Timestamp:  time.Now().UTC().Format(time.RFC3339),
+		Code:       response.code,
 	}
-	_ = writeJSON(w, response.status, told)
+	var validation validationError
+	if errors.As(err, &validation) {
+		answer.Details = validation
+	}
+	_ = writeJSON(w, response.status, answer)
 }
 
-type body map[string]any
+// challenge returns the WWW-Authenticate header of a 401 (RFC 6750 section 3).
+func challenge(info *requestInfo, err error) string {
+	if info.bearer && !errors.Is(err, errInvalidCredentials) {
+		return `Bearer error="invalid_token"`
+	}
+	return "Bearer"
+}
 
-// writeJSON encodes v before it writes the status: an answer is whole, or none and an error.
-func writeJSON(w http.ResponseWriter, status int, v body) error {
-	encoded, err := json.Marshal(v)
+// retryAfter returns how long a caller should wait after err. An outage asks for one second.
+func retryAfter(err error) time.Duration {
+	var limited *limitError
+	if errors.As(err, &limited) {
+		return limited.retryAfter
+	}
+	return time.Second
+}
+
+// seconds rounds up to whole seconds, at least one, so a client that waits this long is not refused
+// again.
+func seconds(d time.Duration) string {
+	return strconv.Itoa(max(1, int(math.Ceil(d.Seconds()))))
+}
+
+// writeJSON sends an answer. It encodes the answer before it writes anything, so what is sent is
+// either whole or an error.
+func writeJSON(w http.ResponseWriter, status int, answer any) error {
+	encoded, err := json.Marshal(answer)
 	if err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
-	_, _ = w.Write(append(encoded, '\n')) // a client that hung up is no error of ours
+	_, _ = w.Write(append(encoded, '\n')) // a client that has hung up is no error of ours
 	return nil
 }
 
-// reply answers 200 with v, or returns err if there is one.
-func reply(w http.ResponseWriter, err error, v body) error {
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, v)
+// timestamp is a time that is written as JavaScript writes a Date: RFC 3339 in UTC, to the
+// millisecond.
+type timestamp time.Time
+
+func (t timestamp) MarshalText() ([]byte, error) {
+	return time.Time(t).UTC().AppendFormat(nil, "2006-01-02T15:04:05.000Z"), nil
 }
 
-// seconds rounds up to whole seconds, at least one: who comes back then is not early.
-func seconds(d time.Duration) string {
-	return strconv.Itoa(max(1, int(math.Ceil(d.Seconds()))))
-}
+// Requests
 
-func handle(h func(http.ResponseWriter, *http.Request) error) http.Handler {
+// handlerFunc is an http.HandlerFunc that returns its error instead of writing it.
+type handlerFunc func(w http.ResponseWriter, r *http.Request) error
+
+// handle writes the error that h returns.
+func handle(h handlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := h(w, r); err != nil {
 			writeError(w, r, err)
@@ -129,70 +200,111 @@ func handle(h func(http.ResponseWriter, *http.Request) error) http.Handler {
 	})
 }
 
-// about is what middleware and handlers note of a request, for each other and for the log.
-type about struct {
-	id     string
-	ip     netip.Addr
-	userID string
-	bearer bool // a Bearer token was shown
-	err    *apiError
+// middleware wraps a handler in something that a request passes first.
+type middleware func(http.Handler) http.Handler
+
+// chain returns the middleware that a request passes in the order given.
+func chain(all ...middleware) middleware {
+	return func(h http.Handler) http.Handler {
+		for _, m := range slices.Backward(all) {
+			h = m(h)
+		}
+		return h
+	}
 }
 
-type aboutKey struct{}
+// requestInfo is what middleware and handlers note of a request, for each other and for the log.
+type requestInfo struct {
+	id        string
+	ip        netip.Addr
+	userID    string // whose the shown token is, or who has just logged in
+	sessionID string
+	bearer    bool  // a Bearer token was shown
+	err       error // what was answered, if it was an error
+}
 
-func aboutRequest(r *http.Request) *about { return r.Context().Value(aboutKey{}).(*about) }
+type requestInfoKey struct{}
+
+// infoOf returns the notes that observe has put into the context of r.
+func infoOf(r *http.Request) *requestInfo {
+	return r.Context().Value(requestInfoKey{}).(*requestInfo)
+}
 
 // newUUID returns a random UUID (RFC 9562 section 5.4).
 func newUUID() string {
 	var b [16]byte
-	rand.Read(b[:]) // never fails
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	_, _ = rand.Read(b[:])  // never fails
+	b[6] = b[6]&0x0f | 0x40 // version 4
+	b[8] = b[8]&0x3f | 0x80 // variant 10
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// isUUID reports whether s is a UUID in its 36-character form, in either case.
-var isUUID = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`).MatchString
+var uuidForm = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`)
 
-// clientIP returns the client's address behind peer ("ip:port"). Only a trusted peer's X-Forwarded-For counts, from the
-// right: each trusted hop vouches for the one before it; left of an untrusted or unreadable one all may be invented.
+// requestID returns the caller's X-Request-Id if it is a UUID in its usual form, else a fresh one.
+func requestID(r *http.Request) string {
+	id := r.Header.Get("X-Request-Id")
+	if uuidForm.MatchString(id) {
+		return id
+	}
+	return newUUID()
+}
+
+// clientIP returns the address of the client behind peer ("ip:port"). X-Forwarded-For counts only
+// from a trusted peer. It is read from the right, since each trusted hop vouches for the one before
+// it. What stands left of an untrusted or unreadable hop may be invented.
 func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Addr {
 	addrPort, _ := netip.ParseAddrPort(peer)
 	ip := addrPort.Addr().Unmap().WithZone("")
 	hops := strings.Split(strings.Join(forwarded, ","), ",")
 	for _, hop := range slices.Backward(hops) {
-		addr, err := netip.ParseAddr(strings.Trim(hop, " \t"))
-		if err != nil || !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(ip) }) {
+		if !containsAddr(trusted, ip) {
 			break
 		}
-		ip = addr.Unmap().WithZone("")
+		before, err := netip.ParseAddr(strings.Trim(hop, " \t"))
+		if err != nil {
+			break
+		}
+		ip = before.Unmap().WithZone("")
 	}
 	return ip
 }
 
-type recorder struct {
+func containsAddr(prefixes []netip.Prefix, ip netip.Addr) bool {
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool {
+		return p.Contains(ip)
+	})
+}
+
+// statusRecorder remembers the status that is written through it.
+type statusRecorder struct {
 	http.ResponseWriter
 	status int
 }
 
-func (rec *recorder) WriteHeader(status int) {
+func (rec *statusRecorder) WriteHeader(status int) {
 	rec.status = status
 	rec.ResponseWriter.WriteHeader(status)
 }
 
-func (rec *recorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
+func (rec *statusRecorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
 
-// observe gives the request its id and its client IP, logs and counts it, and answers a panic in what follows with a
-// 500. From here on a client that hangs up cancels nothing: what has begun is carried to its end, in bounded time.
-func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) func(http.Handler) http.Handler {
+// observe gives a request its id and its client IP, sets the headers of every answer, answers a
+// panic as an error, and logs and counts the request when it is done. From here on a client that
+// hangs up cancels nothing: what has begun is carried to its end, in bounded time.
+func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) middleware {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			start, rec := time.Now(), &recorder{w, http.StatusOK}
-			a := &about{id: r.Header.Get("X-Request-Id"), ip: clientIP(r.RemoteAddr, r.Header.Values("X-Forwarded-For"), trusted)}
-			if !isUUID(a.id) {
-				a.id = newUUID()
+			start := time.Now()
+			info := &requestInfo{
+				id: requestID(r),
+				ip: clientIP(r.RemoteAddr, r.Header.Values("X-Forwarded-For"), trusted),
 			}
-			r = r.WithContext(context.WithValue(context.WithoutCancel(r.Context()), aboutKey{}, a))
-			w.Header().Set("X-Request-Id", a.id)
+			ctx := context.WithoutCancel(r.Context())
+			r = r.WithContext(context.WithValue(ctx, requestInfoKey{}, info))
+			rec := &statusRecorder{w, http.StatusOK}
+
+			w.Header().Set("X-Request-Id", info.id)
 			w.Header().Set("Cache-Control", "no-store")
 			w.Header().Set("X-Content-Type-Options", "nosniff")
 			defer func() {
@@ -200,63 +312,142 @@ func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) func(http.Han
 					writeError(rec, r, fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
 				}
 				took := time.Since(start)
-				m.observe(r.Method, r.Pattern, rec.status, took)
-				level, attrs := slog.LevelInfo, []slog.Attr{slog.String("requestId", a.id), slog.String("method", r.Method),
-					slog.String("path", r.URL.Path), slog.String("route", r.Pattern), slog.Int("status", rec.status),
-					slog.Float64("durationMs", float64(took.Microseconds())/1000), slog.String("ip", a.ip.String())}
-				if a.userID != "" {
-					attrs = append(attrs, slog.String("userId", a.userID))
-				}
-				if a.err != nil && rec.status >= 500 {
-					level, attrs = slog.LevelError, append(attrs, slog.String("error", a.err.Error()))
-				}
-				log.LogAttrs(r.Context(), level, "request", attrs...)
+				m.countRequest(r.Method, r.Pattern, rec.status, took)
+				logRequest(log, r, rec.status, took)
 			}()
 			next.ServeHTTP(rec, r)
 		})
 	}
 }
 
-// cors lets scripts of the listed origins read responses (Fetch standard, "CORS protocol"), and answers preflights.
-func cors(origins []string) func(http.Handler) http.Handler {
+// logRequest writes the one line that the log has for each request.
+func logRequest(log *slog.Logger, r *http.Request, status int, took time.Duration) {
+	info := infoOf(r)
+	attrs := []slog.Attr{
+		slog.String("requestId", info.id),
+		slog.String("method", cut(r.Method)),
+		slog.String("path", cut(r.URL.Path)),
+		slog.String("route", r.Pattern),
+		slog.Int("status", status),
+		slog.Float64("durationMs", float64(took.Microseconds())/1000),
+		slog.String("ip", info.ip.String()),
+	}
+	if info.userID != "" {
+		attrs = append(attrs, slog.String("userId", info.userID))
+	}
+	if info.sessionID != "" {
+		attrs = append(attrs, slog.String("sessionId", info.sessionID))
+	}
+	level := slog.LevelInfo
+	if info.err != nil {
+		attrs = append(attrs, slog.String("code", responseTo(info.err).code))
+	}
+	if errors.Is(info.err, errTheft) {
+		level = slog.LevelWarn
+	}
+	if info.err != nil && status >= http.StatusInternalServerError {
+		level = slog.LevelError
+		attrs = append(attrs, slog.String("error", info.err.Error()))
+	}
+	log.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+// cut shortens what a client has chosen, so that it cannot fill the log with one request.
+func cut(text string) string {
+	const maxLogged = 256
+	if len(text) > maxLogged {
+		text = text[:maxLogged]
+	}
+	return text
+}
+
+// matchRoute notes the route of a request, for the log and the metrics of requests that are refused
+// before they reach the mux. A path that the mux would redirect has no route.
+func matchRoute(mux *http.ServeMux) middleware {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			h, origin := w.Header(), r.Header.Get("Origin")
-			preflight := r.Method == http.MethodOptions && origin != "" && r.Header.Get("Access-Control-Request-Method") != ""
+			if isCanonical(r.URL) {
+				_, r.Pattern = mux.Handler(r)
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
+}
+
+// cors lets scripts of the listed origins read answers (Fetch standard, "CORS protocol"), and
+// answers preflights.
+func cors(origins []string) middleware {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			h := w.Header()
 			h.Set("Vary", "Origin")
+			origin := r.Header.Get("Origin")
 			if slices.Contains(origins, origin) {
 				h.Set("Access-Control-Allow-Origin", origin)
 				h.Set("Access-Control-Allow-Credentials", "true")
-				h.Set("Access-Control-Expose-Headers", "X-Request-Id, Retry-After, RateLimit, RateLimit-Policy")
-				if preflight {
-					h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE")
-					h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
-					h.Set("Access-Control-Max-Age", "600")
-				}
+				h.Set("Access-Control-Expose-Headers",
+					"X-Request-Id, Retry-After, RateLimit, RateLimit-Policy")
 			}
-			if preflight {
-				w.WriteHeader(http.StatusNoContent)
+			if !isPreflight(r) {
+				next.ServeHTTP(w, r)
 				return
 			}
-			next.ServeHTTP(w, r)
+			if slices.Contains(origins, origin) {
+				h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE")
+				h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
+				h.Set("Access-Control-Max-Age", "600")
+			}
+			w.WriteHeader(http.StatusNoContent)
 		})
 	}
 }
 
-// refuseCrossOrigin keeps the pages of other sites from acting with the user's cookie. The standard library's check
-// takes Sec-Fetch-Site's word where there is one; here an Origin has to be listed or the server's own as well.
-func refuseCrossOrigin(origins []string) func(http.Handler) http.Handler {
+// isPreflight reports whether a browser asks for permission before the request proper.
+func isPreflight(r *http.Request) bool {
+	return r.Method == http.MethodOptions &&
+		r.Header.Get("Origin") != "" &&
+		r.Header.Get("Access-Control-Request-Method") != ""
+}
+
+// rateLimit counts every request but those of the health routes. The headers are those of
+// draft-ietf-httpapi-ratelimit-headers.
+func rateLimit(l *requestLimiter, m *metrics) middleware {
+	return func(next http.Handler) http.Handler {
+		return handle(func(w http.ResponseWriter, r *http.Request) error {
+			if l.max == 0 || r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
+				next.ServeHTTP(w, r)
+				return nil
+			}
+			left, reset, err := l.take(r.Context(), infoOf(r).ip)
+			if err != nil {
+				return redisError("rate limit", err)
+			}
+			h := w.Header()
+			h.Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.counters.window))
+			h.Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
+			if left < 0 {
+				m.countRateLimited()
+				return &limitError{errRateLimited, reset}
+			}
+			next.ServeHTTP(w, r)
+			return nil
+		})
+	}
+}
+
+// refuseCrossOrigin keeps the pages of other sites from acting with a user's cookie. The check of
+// the standard library trusts Sec-Fetch-Site if there is one. Here an Origin must also be listed or
+// be the server's own.
+func refuseCrossOrigin(origins []string) middleware {
 	protection := http.NewCrossOriginProtection()
 	for _, origin := range origins {
-		_ = protection.AddTrustedOrigin(origin) // one that it does not take is not trusted
+		_ = protection.AddTrustedOrigin(origin) // an origin that it does not take is not trusted
 	}
 	return func(next http.Handler) http.Handler {
 		return handle(func(w http.ResponseWriter, r *http.Request) error {
-			origin := r.Header.Get("Origin")
-			u, err := url.Parse(origin)
-			foreign := origin != "" && !slices.Contains(origins, origin) && (err != nil || u.Host == "" || u.Host != r.Host)
-			if r.Method != http.MethodGet && r.Method != http.MethodHead && (foreign || protection.Check(r) != nil) {
-				return fail("cross_origin")
+			safe := r.Method == http.MethodGet || r.Method == http.MethodHead
+			if !safe && (isForeign(r, origins) || protection.Check(r) != nil) {
+				return errCrossOrigin
 			}
 			next.ServeHTTP(w, r)
 			return nil
@@ -264,87 +455,195 @@ func refuseCrossOrigin(origins []string) func(http.Handler) http.Handler {
 	}
 }
 
-// rateLimit counts every request but those of the health routes (draft-ietf-httpapi-ratelimit-headers).
-func rateLimit(l *limiter, m *metrics) func(http.Handler) http.Handler {
-	return func(next http.Handler) http.Handler {
-		return handle(func(w http.ResponseWriter, r *http.Request) error {
-			if l.max > 0 && r.URL.Path != "/healthz" && r.URL.Path != "/readyz" {
-				left, reset, err := l.request(r.Context(), aboutRequest(r).ip)
-				if err != nil {
-					return redisError("rate limit", err)
-				}
-				w.Header().Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.window))
-				w.Header().Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
-				if left < 0 {
-					m.add("latchkey_rate_limited_total", 1)
-					return &apiError{code: "rate_limited", retryAfter: reset}
-				}
-			}
-			next.ServeHTTP(w, r)
-			return nil
-		})
+// isForeign reports whether a request has an Origin that is neither listed nor the server's own.
+func isForeign(r *http.Request, origins []string) bool {
+	origin := r.Header.Get("Origin")
+	if origin == "" || slices.Contains(origins, origin) {
+		return false
 	}
+	u, err := url.Parse(origin)
+	return err != nil || u.Host == "" || u.Host != r.Host
 }
 
-// metrics counts in memory and writes the Prometheus text format. Series are named as they are written there.
+// isCanonical reports whether the path is written in the one way that has a route: without a double
+// slash, a dot segment, or an escape that is not needed.
+func isCanonical(u *url.URL) bool {
+	return u.Path == path.Clean("/"+u.Path) && u.Path == u.EscapedPath()
+}
+
+// Metrics
+
+// refreshOutcome is what became of a refresh.
+type refreshOutcome string
+
+const (
+	refreshRotated refreshOutcome = "rotated"
+	refreshResent  refreshOutcome = "resent"
+	refreshReused  refreshOutcome = "reused"
+	refreshTheft   refreshOutcome = "theft"
+	refreshEnded   refreshOutcome = "ended"
+	refreshFailed  refreshOutcome = "failed"
+)
+
+var refreshOutcomes = []refreshOutcome{
+	refreshRotated, refreshResent, refreshReused, refreshTheft, refreshEnded, refreshFailed,
+}
+
+// requestLabels are the labels of the request counter.
+type requestLabels struct {
+	route  string
+	method string
+	status int
+}
+
+// durationBuckets are upper bounds in seconds. Requests that hash no password stay below 10 ms.
+var durationBuckets = [...]float64{
+	.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1),
+}
+
+// histogram counts durations. buckets[i] counts those that are at most durationBuckets[i] but above
+// the bound before it.
+type histogram struct {
+	buckets [len(durationBuckets)]uint64
+	sum     float64 // in seconds
+}
+
+// sample is a metric that is read when it is scraped.
+type sample struct {
+	name   string
+	labels string // as they are written, braces included; empty for none
+	kind   string // gauge or counter
+	help   string
+	read   func() float64
+}
+
+// metrics counts in memory and writes the Prometheus text format when it is scraped.
 type metrics struct {
-	mu       sync.Mutex
-	counters map[string]float64
-	gauges   map[string]func() float64
+	samples []sample
+
+	mu           sync.Mutex
+	requests     map[requestLabels]uint64
+	durations    map[string]*histogram // by route
+	refreshes    map[refreshOutcome]uint64
+	rateLimited  uint64
+	loginLimited uint64
 }
 
-// durationBuckets are upper bounds in seconds: below 10 ms nothing was hashed.
-var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1)}
-
-func newMetrics(gauges map[string]func() float64) *metrics {
-	return &metrics{gauges: gauges, counters: map[string]float64{"latchkey_rate_limited_total": 0, "latchkey_login_limited_total": 0,
-		`latchkey_refresh_total{outcome="rotated"}`: 0, `latchkey_refresh_total{outcome="resent"}`: 0,
-		`latchkey_refresh_total{outcome="reused"}`: 0, `latchkey_refresh_total{outcome="theft"}`: 0, `latchkey_refresh_total{outcome="ended"}`: 0}}
+func newMetrics(samples []sample) *metrics {
+	return &metrics{
+		samples:   samples,
+		requests:  map[requestLabels]uint64{},
+		durations: map[string]*histogram{},
+		refreshes: map[refreshOutcome]uint64{},
+	}
 }
 
-func (m *metrics) add(series string, n float64) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.counters[series] += n
-}
-
-// observe counts a request. Clients can make up methods; a series for each is not theirs to make.
-func (m *metrics) observe(method, route string, status int, took time.Duration) {
+// countRequest counts a request that is done. Clients can make up methods, but no series of them.
+func (m *metrics) countRequest(method, route string, status int, took time.Duration) {
 	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}, method) {
 		method = "other"
 	}
-	m.add(fmt.Sprintf(`latchkey_http_requests_total{route=%q,method=%q,status="%d"}`, route, method, status), 1)
-	const duration = "latchkey_http_request_duration_seconds"
-	for _, bound := range durationBuckets { // each counts all that is up to its bound
-		m.add(fmt.Sprintf(`%s_bucket{route=%q,le="%v"}`, duration, route, bound), map[bool]float64{true: 1}[took.Seconds() <= bound])
+	inBucket := slices.IndexFunc(durationBuckets[:], func(bound float64) bool {
+		return took.Seconds() <= bound
+	})
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.requests[requestLabels{route, method, status}]++
+	h := m.durations[route]
+	if h == nil {
+		h = &histogram{}
+		m.durations[route] = h
 	}
-	m.add(fmt.Sprintf("%s_sum{route=%q}", duration, route), took.Seconds())
-	m.add(fmt.Sprintf("%s_count{route=%q}", duration, route), 1)
+	h.buckets[inBucket]++
+	h.sum += took.Seconds()
 }
 
-// ServeHTTP writes all series, sorted, those of a family under one TYPE line.
-func (m *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
+func (m *metrics) countRefresh(outcome refreshOutcome) {
 	m.mu.Lock()
-	all := maps.Clone(m.counters)
+	defer m.mu.Unlock()
+	m.refreshes[outcome]++
+}
+
+func (m *metrics) countRateLimited() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.rateLimited++
+}
+
+func (m *metrics) countLoginLimited() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.loginLimited++
+}
+
+// ServeHTTP answers a scrape.
+func (m *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
+	var b bytes.Buffer
+	m.mu.Lock()
+	m.writeRequests(&b)
+	m.writeDurations(&b)
+	m.writeCounters(&b)
 	m.mu.Unlock()
-	for series, read := range m.gauges {
-		all[series] = read()
-	}
+	m.writeSamples(&b)
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	_, _ = w.Write(b.Bytes())
+}
+
+// writeFamily writes the lines that precede the series of a metric.
+func writeFamily(b *bytes.Buffer, name, kind, help string) {
+	fmt.Fprintf(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+}
+
+func (m *metrics) writeRequests(b *bytes.Buffer) {
+	const name = "latchkey_http_requests_total"
+	writeFamily(b, name, "counter", "Requests answered, by route, method and status.")
+	ordered := slices.SortedFunc(maps.Keys(m.requests), func(x, y requestLabels) int {
+		return cmp.Or(
+			cmp.Compare(x.route, y.route),
+			cmp.Compare(x.method, y.method),
+			cmp.Compare(x.status, y.status))
+	})
+	for _, labels := range ordered {
+		fmt.Fprintf(b, "%s{route=%q,method=%q,status=\"%d\"} %d\n",
+			name, labels.route, labels.method, labels.status, m.requests[labels])
+	}
+}
+
+func (m *metrics) writeDurations(b *bytes.Buffer) {
+	const name = "latchkey_http_request_duration_seconds"
+	writeFamily(b, name, "histogram", "Time from a request's headers to its answer, by route.")
+	for _, route := range slices.Sorted(maps.Keys(m.durations)) {
+		h := m.durations[route]
+		var count uint64
+		for i, bound := range durationBuckets {
+			count += h.buckets[i]
+			fmt.Fprintf(b, "%s_bucket{route=%q,le=\"%v\"} %d\n", name, route, bound, count)
+		}
+		fmt.Fprintf(b, "%s_sum{route=%q} %v\n", name, route, h.sum)
+		fmt.Fprintf(b, "%s_count{route=%q} %d\n", name, route, count)
+	}
+}
+
+func (m *metrics) writeCounters(b *bytes.Buffer) {
+	writeFamily(b, "latchkey_refresh_total", "counter", "Refreshes, by outcome.")
+	for _, outcome := range refreshOutcomes {
+		fmt.Fprintf(b, "latchkey_refresh_total{outcome=%q} %d\n", outcome, m.refreshes[outcome])
+	}
+	writeFamily(b, "latchkey_rate_limited_total", "counter", "Requests over the limit per IP.")
+	fmt.Fprintf(b, "latchkey_rate_limited_total %d\n", m.rateLimited)
+	writeFamily(b, "latchkey_login_limited_total", "counter", "Logins over a limit.")
+	fmt.Fprintf(b, "latchkey_login_limited_total %d\n", m.loginLimited)
+}
+
+// writeSamples writes what is read only now. Samples of one name stand one after the other.
+func (m *metrics) writeSamples(b *bytes.Buffer) {
 	family := ""
-	for _, series := range slices.Sorted(maps.Keys(all)) {
-		name, _, _ := strings.Cut(series, "{")
-		base, _, histogram := strings.Cut(name, "_seconds_")
-		kind := "gauge"
-		if histogram {
-			name, kind = base+"_seconds", "histogram"
-		} else if strings.HasSuffix(name, "_total") {
-			kind = "counter"
+	for _, s := range m.samples {
+		if s.name != family {
+			family = s.name
+			writeFamily(b, s.name, s.kind, s.help)
 		}
-		if name != family {
-			family = name
-			fmt.Fprintf(w, "# TYPE %s %s\n", name, kind)
-		}
-		fmt.Fprintf(w, "%s %v\n", series, all[series])
+		fmt.Fprintf(b, "%s%s %v\n", s.name, s.labels, s.read())
 	}
 }

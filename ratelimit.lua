@@ -1,46 +1,71 @@
--- Counters with a window, in Redis: each call is atomic, on one hash slot, in one round trip.
--- ARGV: what to do, window in seconds, then as said below.
+-- ratelimit.lua counts events in fixed windows. Each command is atomic and costs one round trip.
+--
+-- KEYS are the counters, all in one slot of a Redis Cluster. ARGV[1] names the command, ARGV[2]
+-- is the window in seconds. One number for each counter follows.
+--
+-- ratelimit.go puts a first line before this text that lets it run while the memory of Redis is
+-- full (allow-oom). Otherwise a full Redis would also close the routes that free its memory.
 
--- The milliseconds that a counter's window still lasts. A window begins when none is open, and anew where the key has
--- lost its TTL, or it would refuse for ever.
-local function left(key)
+local window_ms = ARGV[2] * 1000
+
+-- number returns what ARGV has for the counter KEYS[i].
+local function number(i)
+  return tonumber(ARGV[2 + i])
+end
+
+-- count returns how many events a counter has counted in its window.
+local function count(key)
+  return tonumber(redis.call('GET', key) or 0)
+end
+
+-- remaining_ms returns how long the window of a counter lasts. It gives a counter without a TTL
+-- a new window: the first event opens one, and a lost TTL must not close an account for ever.
+local function remaining_ms(key)
   local ms = redis.call('PTTL', key)
   if ms < 0 then
-    ms = ARGV[2] * 1000
+    ms = window_ms
     redis.call('PEXPIRE', key, ms)
   end
-  return ms
+  return math.max(ms, 1)
 end
 
--- KEYS: counter. Counts one and returns the count and the milliseconds left.
-if ARGV[1] == 'request' then
-  return {redis.call('INCR', KEYS[1]), left(KEYS[1])}
-end
+local command = {}
 
--- The other two: KEYS: failures on an account from one IP, from all.
-local counts = {tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(redis.call('GET', KEYS[2]) or 0)}
-
--- ARGV: maximum from one IP, 0 for none; from all it is ten times that. Counts both and returns 0, or neither and
--- returns the milliseconds to wait.
-if ARGV[1] == 'attempt' then
-  if ARGV[3] == '0' then return 0 end
-  local wait = 0
-  for i, max in ipairs({tonumber(ARGV[3]), ARGV[3] * 10}) do
-    if counts[i] >= max then wait = math.max(wait, left(KEYS[i]), 1) end
+-- take counts one event on every counter, or on none if one of them has reached its maximum. It
+-- returns how many more events the tightest counter allows, or -1 if this event was one too many,
+-- and the milliseconds until the window ends of the counter that decided.
+function command.take()
+  local left, wait_ms = math.huge, 0
+  for i, key in ipairs(KEYS) do
+    if count(key) >= number(i) then
+      left = -1
+      wait_ms = math.max(wait_ms, remaining_ms(key))
+    end
   end
-  for i = 1, wait == 0 and 2 or 0 do
-    redis.call('INCR', KEYS[i])
-    left(KEYS[i])
+  if left == -1 then
+    return {left, wait_ms}
   end
-  return wait
+
+  for i, key in ipairs(KEYS) do
+    local after = redis.call('INCR', key)
+    local ms = remaining_ms(key)
+    if number(i) - after < left then
+      left = number(i) - after
+      wait_ms = ms
+    end
+  end
+  return {left, wait_ms}
 end
 
--- 'give back': ARGV: '1' to clear the count from this IP. Takes one attempt back.
-for i = 1, 2 do
-  if counts[i] == 1 or (i == 1 and ARGV[3] == '1') then
-    redis.call('DEL', KEYS[i])
-  elseif counts[i] > 1 then
-    redis.call('DECR', KEYS[i])
+-- give_back takes a number of events off each counter. A counter never falls below zero.
+function command.give_back()
+  for i, key in ipairs(KEYS) do
+    if count(key) > number(i) then
+      redis.call('DECRBY', key, number(i))
+    else
+      redis.call('DEL', key)
+    end
   end
 end
-return 0
+
+return command[ARGV[1]]() or redis.status_reply('OK')

@@ -1,9 +1,9 @@
 package main
 
-// store.go keeps users in PostgreSQL and sessions in Redis, with every call bounded in time, and applies schema.sql.
+// store.go keeps users in PostgreSQL and sessions in Redis, and applies the migrations of
+// schema.sql. Every call is bounded in time. session.lua decides what becomes of a session.
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -22,395 +22,751 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// Of an operation on PostgreSQL; of connecting to Redis, of sending, of waiting for the answer.
-const postgresTimeout, redisTimeout = 1500 * time.Millisecond, 700 * time.Millisecond
+const (
+	// postgresTimeout bounds one operation on PostgreSQL, a whole transaction included.
+	postgresTimeout = 1500 * time.Millisecond
+
+	// redisTimeout bounds each dial, write and read.
+	redisTimeout = 700 * time.Millisecond
+
+	// migrationTimeout bounds all migrations together. Building an index on an adopted table of
+	// some hundred million rows takes minutes.
+	migrationTimeout = 10 * time.Minute
+)
 
 var (
 	errUnavailable = errors.New("store unavailable") // wraps whatever a store did not answer
-	errStale       = fmt.Errorf("%w: the password hash changed meanwhile", errUnavailable)
 	errNoUser      = errors.New("no such user")
 	errEmailExists = errors.New("email exists")
 	errNoSession   = errors.New("no such session")
-	errEnded       = errors.New("the token's session has ended")
-	errReused      = errors.New("refresh token already exchanged")
-	errTheft       = fmt.Errorf("%w, and longer ago than the leeway", errReused)
+	errEnded       = errors.New("session has ended")
+	errReused      = errors.New("refresh token was exchanged before")
+
+	// errTheft is errReused of a token that was exchanged longer ago than the leeway.
+	errTheft = fmt.Errorf("%w, and longer ago than the leeway", errReused)
+
+	// errStale says that the password hash was replaced after it was read. The caller starts over;
+	// if that fails again and again, the store was of no use.
+	errStale = fmt.Errorf("%w: the password hash was replaced meanwhile", errUnavailable)
 )
 
 // user is a row of the table users.
-type user struct{ ID, Email, PasswordHash, CreatedAt string }
+type user struct {
+	ID           string
+	Email        string
+	PasswordHash string
+	CreatedAt    time.Time
+}
 
 // device is where a session is used from.
-type device struct{ IP, UserAgent string }
-
-// grant is the refresh token that a session honours. Times are Unix seconds.
-type grant struct {
-	SessionID, TokenID  string
-	IssuedAt, ExpiresAt int64
-	Outcome             string // started, or of a rotation: rotated, resent, reused, theft, ended
+type device struct {
+	IP        string
+	UserAgent string
 }
 
-// session is a living session as its owner sees it.
+// session is a living session as its user may see it.
 type session struct {
-	ID         string `json:"id"`
-	CreatedAt  string `json:"createdAt"`
-	LastUsedAt string `json:"lastUsedAt"`
-	IP         string `json:"ip"`
-	UserAgent  string `json:"userAgent"`
-	Current    bool   `json:"current"`
+	ID         string
+	CreatedAt  time.Time
+	LastUsedAt time.Time
+	Device     device
 }
 
-// store keeps both; refreshTTL and sessionTTL are in whole seconds.
+// grant is the refresh token that a session honours.
+type grant struct {
+	SessionID string
+	TokenID   string
+	IssuedAt  time.Time
+	ExpiresAt time.Time
+	Resent    bool // it had been given out before
+}
+
+// exchange asks for a refresh: that the token Shown of a session be exchanged for the token Next.
+type exchange struct {
+	UserID    string
+	SessionID string
+	Shown     string
+	Next      string
+	Device    device
+}
+
+// sessionPolicy says how long sessions live and what happens to a token that is shown again.
+type sessionPolicy struct {
+	RefreshTTL time.Duration // of a refresh token, in whole seconds
+	SessionTTL time.Duration // of a session, however often it is refreshed, in whole seconds
+	Leeway     time.Duration // for how long showing an exchanged token is a race and not a theft
+	Resend     bool          // within the leeway, the token exchanged last gets its successor again
+}
+
 type store struct {
-	db                             *pgxpool.Pool
-	rdb                            redis.UniversalClient
-	refreshTTL, sessionTTL, leeway time.Duration
-	resend                         bool // the successor of a token shown again within the leeway
+	db     *pgxpool.Pool
+	rdb    redis.UniversalClient
+	policy sessionPolicy
 }
 
-// ready returns what keeps PostgreSQL and Redis from answering, nil for either that answers.
-func (s *store) ready(ctx context.Context) (postgres, redis error) {
-	pctx, cancel := context.WithTimeout(ctx, postgresTimeout)
-	defer cancel()
-	return s.db.Ping(pctx), s.rdb.Ping(ctx).Err()
-}
-
-// postgresError names the operation. No answer is errUnavailable, and so are the SQLSTATEs of lost connections, exhausted
-// resources, shutdown and a primary become a standby; any other is a fault. This file's own errors pass.
-func postgresError(operation string, err error) error {
-	var pg *pgconn.PgError
-	var scan pgx.ScanArgError
-	switch {
-	case err == nil, errors.Is(err, errUnavailable), errors.Is(err, errEmailExists):
-		return err
-	case errors.As(err, &scan), errors.As(err, &pg) && !slices.Contains([]string{"08", "53", "57"}, pg.Code[:2]) && pg.Code != "25006":
-		return fmt.Errorf("%s: %v", operation, err)
-	}
-	return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
-}
-
-// cannotServe is what Redis replies when it is there but of no use just now.
-var cannotServe = regexp.MustCompile(`^(LOADING|BUSY|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|MOVED|ASK|ERR max number of clients)`)
-
-// redisError names the operation. No answer, or one that is cannotServe, is errUnavailable; any other is a fault.
-func redisError(operation string, err error) error {
-	var reply redis.Error
-	switch {
-	case err == nil, errors.Is(err, errUnavailable):
-		return err
-	case errors.As(err, &reply) && !cannotServe.MatchString(reply.Error()):
-		return fmt.Errorf("redis: %s: %v", operation, err)
-	}
-	return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
-}
-
-// What is read of a user, the time as JavaScript writes it; and how one is found, the address in lower case.
-const (
-	userColumns = `id::text, email, password_hash, to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')`
-	byID        = `id = $1::uuid`
-	byEmail     = `lower(email COLLATE "C") = $1`
-)
-
-func (s *store) findUser(ctx context.Context, by, key string) (u user, err error) {
+// postgresReady returns what keeps PostgreSQL from answering, nil if it answers.
+func (s *store) postgresReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
-	if strings.ContainsRune(key, 0) {
-		return user{}, errNoUser // PostgreSQL has no such text
+	return s.db.Ping(ctx)
+}
+
+// redisReady returns what keeps Redis from answering, nil if it answers.
+func (s *store) redisReady(ctx context.Context) error {
+	return s.rdb.Ping(ctx).Err()
+}
+
+// Users
+
+// findUserByID returns the user with this id, or errNoUser.
+func (s *store) findUserByID(ctx context.Context, id string) (user, error) {
+	return s.findUser(ctx, `
+		SELECT id::text, email, password_hash, created_at
+		FROM users
+		WHERE id = $1::uuid`, id)
+}
+
+// findUserByEmail returns the user with this email, given in lower case, or errNoUser.
+func (s *store) findUserByEmail(ctx context.Context, email string) (user, error) {
+	if strings.ContainsRune(email, 0) {
+		return user{}, errNoUser // PostgreSQL would refuse the text
 	}
-	err = s.db.QueryRow(ctx, `SELECT `+userColumns+` FROM users WHERE `+by, key).Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
+	return s.findUser(ctx, `
+		SELECT id::text, email, password_hash, created_at
+		FROM users
+		WHERE lower(email COLLATE "C") = $1`, email)
+}
+
+func (s *store) findUser(ctx context.Context, query, key string) (user, error) {
+	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
+	defer cancel()
+	u, err := scanUser(s.db.QueryRow(ctx, query, key))
 	if errors.Is(err, pgx.ErrNoRows) {
 		return user{}, errNoUser
 	}
-	return u, postgresError("find user", err)
+	if err != nil {
+		return user{}, postgresError("find user", err)
+	}
+	return u, nil
 }
 
-func (s *store) inTx(ctx context.Context, operation string, fn func(context.Context, pgx.Tx) error) error {
-	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
-	defer cancel()
-	return postgresError(operation, pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error { return fn(ctx, tx) }))
+func scanUser(row pgx.Row) (user, error) {
+	var u user
+	err := row.Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
+	return u, err
 }
 
-// createUser inserts the user and opens its first session: both or neither. errEmailExists if the address is taken.
-func (s *store) createUser(ctx context.Context, email, hash, sid, jti string, from device) (u user, g grant, err error) {
-	err = s.inTx(ctx, "create user", func(ctx context.Context, tx pgx.Tx) error {
-		err := tx.QueryRow(ctx, `INSERT INTO users (email, password_hash) VALUES ($1, $2) RETURNING `+userColumns, email, hash).
-			Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
-		var pg *pgconn.PgError
-		if errors.As(err, &pg) && pg.Code == "23505" && pg.TableName == "users" && pg.ConstraintName != "users_pkey" {
-			return errEmailExists // whatever an adopted table calls its constraint
+// createUser inserts a user and opens the first session, both or neither. It returns errEmailExists
+// if the email is taken.
+func (s *store) createUser(
+	ctx context.Context,
+	email, hash, sessionID, tokenID string,
+	from device,
+) (user, grant, error) {
+	var u user
+	var g grant
+	err := s.inTx(ctx, "create user", func(ctx context.Context, tx pgx.Tx) error {
+		var err error
+		u, err = scanUser(tx.QueryRow(ctx, `
+			INSERT INTO users (email, password_hash)
+			VALUES ($1, $2)
+			RETURNING id::text, email, password_hash, created_at`, email, hash))
+		if isEmailTaken(err) {
+			return errEmailExists
 		}
-		if err == nil {
-			g, err = s.startSession(ctx, u, sid, jti, from)
+		if err != nil {
+			return err
 		}
+		g, err = s.startSession(ctx, u, sessionID, tokenID, from)
 		return err
 	})
-	return u, g, err
+	if err != nil {
+		return user{}, grant{}, err
+	}
+	return u, g, nil
 }
 
-// openSession opens a session for a user whose password was just found to be the one of u.PasswordHash. errStale,
-// and no session, where that is no longer the user's hash. It is read again once the session can be found and
-// revoked, and FOR SHARE waits for a change under way: a later change revokes this session too.
-func (s *store) openSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
-	g, err := s.startSession(ctx, u, sid, jti, from)
+// isEmailTaken reports whether err is a violation of one of the unique constraints on users.email.
+// An adopted table may have any name for its own, so every one counts but the primary key.
+func isEmailTaken(err error) bool {
+	var pg *pgconn.PgError
+	const uniqueViolation = "23505"
+	return errors.As(err, &pg) && pg.Code == uniqueViolation &&
+		pg.TableName == "users" && pg.ConstraintName != "users_pkey"
+}
+
+// openSession opens a session for a user whose password was just found to match u.PasswordHash. It
+// returns errStale if that is no longer the user's hash. The session starts under the row's share
+// lock, so a change of the password is either seen here or ends this session too.
+func (s *store) openSession(
+	ctx context.Context,
+	u user,
+	sessionID, tokenID string,
+	from device,
+) (grant, error) {
+	var g grant
+	err := s.inTx(ctx, "open session", func(ctx context.Context, tx pgx.Tx) error {
+		hash, err := lockHash(ctx, tx, u.ID)
+		if errors.Is(err, errNoUser) || err == nil && hash != u.PasswordHash {
+			return errStale
+		}
+		if err != nil {
+			return err
+		}
+		g, err = s.startSession(ctx, u, sessionID, tokenID, from)
+		return err
+	})
 	if err != nil {
 		return grant{}, err
 	}
-	pctx, cancel := context.WithTimeout(ctx, postgresTimeout)
-	defer cancel()
+	return g, nil
+}
+
+// lockHash returns the password hash of a user and keeps it from being replaced until tx ends.
+func lockHash(ctx context.Context, tx pgx.Tx, userID string) (string, error) {
 	var hash string
-	err = s.db.QueryRow(pctx, `SELECT password_hash FROM users WHERE id = $1::uuid FOR SHARE`, u.ID).Scan(&hash)
-	if err == nil && hash == u.PasswordHash {
-		return g, nil
+	err := tx.QueryRow(ctx, `
+		SELECT password_hash
+		FROM users
+		WHERE id = $1::uuid
+		FOR SHARE`, userID).Scan(&hash)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return "", errNoUser
 	}
-	if err == nil || errors.Is(err, pgx.ErrNoRows) {
-		err = errStale
-	}
-	_ = s.revoke(ctx, u.ID, sid) // nobody was given its tokens
-	return grant{}, postgresError("read password hash", err)
+	return hash, err
 }
 
-// replaceHash replaces the password hash of u. Session sid goes on and all others are revoked; without sid those that
-// were bound to the old hash go on. What fails on the way may have ended sessions, but leaves none that should end.
-func (s *store) replaceHash(ctx context.Context, u user, hash, sid string) error {
-	return s.alter(ctx, u, func(ctx context.Context) error {
-		old := digest(u.PasswordHash)
-		bound, sids, err := "", []string{sid}, error(nil)
-		if sid == "" {
-			bound = old
-			sids, err = s.sessionIDs(ctx, u.ID)
+// changePassword replaces the password hash of u and ends every session but keep. It returns
+// errStale if u.PasswordHash is no longer the user's hash.
+func (s *store) changePassword(ctx context.Context, u user, hash, keep string) error {
+	return s.inTx(ctx, "change password", func(ctx context.Context, tx pgx.Tx) error {
+		if err := replaceHash(ctx, tx, u, hash); err != nil {
+			return err
 		}
-		if err == nil {
-			_, err = s.runEach(ctx, "rebind", sids, u.ID, bound, old+" "+digest(hash))
-		}
-		if err == nil && sid != "" {
-			err = s.revokeAll(ctx, u.ID, sid, sid)
-		}
-		return err
-	}, `UPDATE users SET password_hash = $3, updated_at = now() WHERE id = $1::uuid AND password_hash = $2`, hash)
-}
-
-func (s *store) deleteUser(ctx context.Context, u user, sid string) error {
-	return s.alter(ctx, u, func(ctx context.Context) error { return s.revokeAll(ctx, u.ID, sid, "") },
-		`DELETE FROM users WHERE id = $1::uuid AND password_hash = $2`)
-}
-
-// alter runs sql on u's row, errStale if its hash has changed; then, with the row locked and nothing visible, sessions.
-func (s *store) alter(ctx context.Context, u user, sessions func(context.Context) error, sql string, args ...any) error {
-	return s.inTx(ctx, "alter user", func(ctx context.Context, tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, sql, append([]any{u.ID, u.PasswordHash}, args...)...)
-		if err == nil && tag.RowsAffected() == 0 {
-			err = errStale
-		}
-		if err == nil {
-			err = sessions(ctx)
-		}
-		return err
+		err := s.run(ctx, sessionScript, u.ID, "change_password", keep, digest(hash)).Err()
+		return redisError("change password", err)
 	})
 }
 
+// rehash replaces the password hash of u by another hash of the same password, and ends no session.
+// It returns errStale if u.PasswordHash is no longer the user's hash.
+func (s *store) rehash(ctx context.Context, u user, hash string) error {
+	return s.inTx(ctx, "rehash", func(ctx context.Context, tx pgx.Tx) error {
+		if err := replaceHash(ctx, tx, u, hash); err != nil {
+			return err
+		}
+		from, to := digest(u.PasswordHash), digest(hash)
+		return redisError("rehash", s.run(ctx, sessionScript, u.ID, "rehash", from, to).Err())
+	})
+}
+
+// replaceHash updates the row, which stays locked until tx ends. Nobody sees the new hash before.
+func replaceHash(ctx context.Context, tx pgx.Tx, u user, hash string) error {
+	tag, err := tx.Exec(ctx, `
+		UPDATE users
+		SET password_hash = $3, updated_at = now()
+		WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash, hash)
+	return expectRow(tag, err)
+}
+
+// deleteUser deletes u and ends every session. It returns errStale if u.PasswordHash is no longer
+// the user's hash.
+func (s *store) deleteUser(ctx context.Context, u user) error {
+	return s.inTx(ctx, "delete user", func(ctx context.Context, tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			DELETE FROM users
+			WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash)
+		if err := expectRow(tag, err); err != nil {
+			return err
+		}
+		return s.revokeAll(ctx, u.ID)
+	})
+}
+
+// expectRow returns err, or errStale if a statement that names the hash has found no row.
+func expectRow(tag pgconn.CommandTag, err error) error {
+	if err != nil {
+		return err
+	}
+	if tag.RowsAffected() == 0 {
+		return errStale
+	}
+	return nil
+}
+
+// inTx runs fn in a transaction, and commits if fn returns no error.
+func (s *store) inTx(
+	ctx context.Context,
+	operation string,
+	fn func(ctx context.Context, tx pgx.Tx) error,
+) error {
+	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
+	defer cancel()
+	err := pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
+		return fn(ctx, tx)
+	})
+	return postgresError(operation, err)
+}
+
+// postgresError names the operation that failed. A PostgreSQL that did not answer, or that cannot
+// serve just now, is errUnavailable; an error that it reports otherwise is a fault. The errors of
+// this file pass as they are.
+func postgresError(operation string, err error) error {
+	for _, own := range []error{errUnavailable, errEmailExists, errNoUser, errEnded, errReused} {
+		if errors.Is(err, own) {
+			return err
+		}
+	}
+	var reported *pgconn.PgError
+	var unreadable pgx.ScanArgError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &reported) && !cannotServe(reported), errors.As(err, &unreadable):
+		return fmt.Errorf("postgres: %s: %v", operation, err)
+	default:
+		return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
+	}
+}
+
+// cannotServe reports whether an error of PostgreSQL says that it is there, but of no use just now.
+// The first two characters of an SQLSTATE are its class.
+func cannotServe(reported *pgconn.PgError) bool {
+	switch reported.Code[:2] {
+	case "08", "53", "57": // connection lost; resources exhausted; shutting down or starting
+		return true
+	}
+	const readOnlyTransaction = "25006" // a primary that has become a standby
+	return reported.Code == readOnlyTransaction
+}
+
+// Sessions
+
 //go:embed session.lua
 var sessionLua string
-var sessionScript = redis.NewScript(sessionLua)
 
-func sessionKey(sid string) string { return "session:{" + sid + "}" }
-func indexKey(uid string) string   { return "user-sessions:{" + uid + "}" }
+var (
+	// sessionScript runs commands that need memory. A full Redis refuses it as a whole.
+	sessionScript = redis.NewScript("#!lua\n" + sessionLua)
 
-// digest is the short form of a password hash that a session is bound to: 16 hex digits of SHA-256.
+	// releaseScript runs commands that only read or delete. A full Redis runs it.
+	releaseScript = redis.NewScript("#!lua flags=allow-oom\n" + sessionLua)
+)
+
+// run runs a command of session.lua on the sessions of a user.
+func (s *store) run(
+	ctx context.Context,
+	script *redis.Script,
+	userID, command string,
+	args ...any,
+) *redis.Cmd {
+	index := "user-sessions:{" + userID + "}"
+	return script.Run(ctx, s.rdb, []string{index}, append([]any{command}, args...)...)
+}
+
+// digest returns what binds a session to a password hash: 64 bits of its SHA-256 in hex.
 func digest(hash string) string {
 	sum := sha256.Sum256([]byte(hash))
 	return hex.EncodeToString(sum[:8])
 }
 
-// startSession writes the session and returns its first refresh token.
-func (s *store) startSession(ctx context.Context, u user, sid, jti string, from device) (grant, error) {
-	return s.advance(ctx, u, sid, "start", from.IP, from.UserAgent, jti)
-}
+// wholeSeconds is how Redis is told a lifetime.
+func wholeSeconds(d time.Duration) int64 { return int64(d / time.Second) }
 
-// rotate exchanges the refresh token jti of session sid for one named next. It returns the token that the session now
-// honours; errReused or, past the leeway, errTheft for one that was exchanged before; errEnded if the session is over.
-func (s *store) rotate(ctx context.Context, u user, sid, jti, next string, from device) (grant, error) {
-	return s.advance(ctx, u, sid, "rotate", from.IP, from.UserAgent, next, jti, s.leeway.Milliseconds(), s.resend)
-}
-
-// advance starts or rotates session sid. Whatever makes or prolongs a session enters it in its user's index first, for as
-// long as a refresh token can last: so who revokes all of a user's sessions misses none.
-func (s *store) advance(ctx context.Context, u user, sid, operation string, args ...any) (grant, error) {
-	refresh, whole := int64(s.refreshTTL/time.Second), int64(s.sessionTTL/time.Second)
-	if err := sessionScript.Run(ctx, s.rdb, []string{indexKey(u.ID)}, "index", sid, min(refresh, whole)).Err(); err != nil {
-		return grant{}, redisError("index session", err)
-	}
-	reply, err := sessionScript.Run(ctx, s.rdb, []string{sessionKey(sid)},
-		append([]any{operation, u.ID, digest(u.PasswordHash), refresh, whole}, args...)...).StringSlice()
+// startSession opens a session of u that is bound to u.PasswordHash.
+func (s *store) startSession(
+	ctx context.Context,
+	u user,
+	sessionID, tokenID string,
+	from device,
+) (grant, error) {
+	reply, err := s.run(ctx, sessionScript, u.ID, "start",
+		sessionID,
+		tokenID,
+		digest(u.PasswordHash),
+		wholeSeconds(s.policy.RefreshTTL),
+		wholeSeconds(s.policy.SessionTTL),
+		from.IP,
+		from.UserAgent,
+	).StringSlice()
 	if err != nil {
-		return grant{}, redisError(operation+" session", err)
+		return grant{}, redisError("start session", err)
 	}
-	g := grant{SessionID: sid, Outcome: reply[0]}
-	switch g.Outcome {
-	case "ended":
-		return g, errEnded
-	case "reused":
-		return g, errReused
-	case "theft":
-		return g, errTheft
-	}
-	if _, err := fmt.Sscan(strings.Join(reply[1:], " "), &g.TokenID, &g.IssuedAt, &g.ExpiresAt); err != nil {
-		return grant{}, fmt.Errorf("%s session: unexpected reply %q", operation, reply)
-	}
-	return g, nil
+	return parseGrant(sessionID, reply)
 }
 
-// isLive returns errEnded if the session is not there or not the user's.
-func (s *store) isLive(ctx context.Context, uid, sid string) error {
-	owner, err := s.rdb.HGet(ctx, sessionKey(sid), "user").Result()
-	if errors.Is(err, redis.Nil) || err == nil && owner != uid {
-		return errEnded
+// refresh exchanges a refresh token and returns its user and its successor. It returns errEnded if
+// the session is over, errReused for a token that was exchanged within the leeway, and errTheft for
+// one that was exchanged before that, whose session is over now.
+func (s *store) refresh(ctx context.Context, x exchange) (user, grant, error) {
+	// PostgreSQL is asked first, so that no token is used up while it is down.
+	u, err := s.findUserByID(ctx, x.UserID)
+	if errors.Is(err, errNoUser) {
+		return user{}, grant{}, s.endSession(ctx, x)
 	}
-	return redisError("find session", err)
+	if err != nil {
+		return user{}, grant{}, err
+	}
+	g, err := s.rotate(ctx, x, u.PasswordHash)
+	if errors.Is(err, errStale) {
+		g, err = s.refreshLocked(ctx, x)
+	}
+	if err != nil {
+		return user{}, grant{}, err
+	}
+	return u, g, nil
 }
 
-// sessionIDs returns the ids in the user's index; some may have ended.
-func (s *store) sessionIDs(ctx context.Context, uid string) ([]string, error) {
-	sids, err := s.rdb.ZRange(ctx, indexKey(uid), 0, -1).Result()
-	return sids, redisError("list sessions", err)
-}
-
-// sessions returns the user's living sessions, newest use first.
-func (s *store) sessions(ctx context.Context, uid, current string) ([]session, error) {
-	sids, err := s.sessionIDs(ctx, uid)
-	replies, readErr := s.runEach(ctx, "read", sids, uid)
-	living := []session{}
-	for i, f := range replies {
-		if len(f) == 4 { // created, used, ip, agent
-			living = append(living, session{sids[i], timestamp(f[0]), timestamp(f[1]), f[2], f[3], sids[i] == current})
+// refreshLocked looks again at a session that is bound to another hash than the one just read. The
+// share lock waits for a change under way and keeps the next one out until the scripts have run. So
+// a rehash under way ends nothing, and a session of another password ends.
+func (s *store) refreshLocked(ctx context.Context, x exchange) (grant, error) {
+	var g grant
+	err := s.inTx(ctx, "refresh", func(ctx context.Context, tx pgx.Tx) error {
+		hash, err := lockHash(ctx, tx, x.UserID)
+		if errors.Is(err, errNoUser) {
+			return s.endSession(ctx, x)
 		}
-	}
-	slices.SortStableFunc(living, func(a, b session) int { return strings.Compare(b.LastUsedAt, a.LastUsedAt) })
-	return living, cmp.Or(err, readErr)
+		if err != nil {
+			return err
+		}
+		g, err = s.rotate(ctx, x, hash)
+		if errors.Is(err, errStale) {
+			return s.endSession(ctx, x)
+		}
+		return err
+	})
+	return g, err
 }
 
-func timestamp(milliseconds string) string {
-	ms, _ := strconv.ParseInt(milliseconds, 10, 64)
-	return time.UnixMilli(ms).UTC().Format("2006-01-02T15:04:05.000Z")
-}
-
-// revoke ends those of the sessions that are there and the user's, for good; errNoSession if none is.
-func (s *store) revoke(ctx context.Context, uid string, sids ...string) error {
-	replies, err := s.runEach(ctx, "revoke", sids, uid)
-	if err != nil {
+// endSession ends the session of x and returns errEnded.
+func (s *store) endSession(ctx context.Context, x exchange) error {
+	err := s.revoke(ctx, x.UserID, x.SessionID)
+	if err != nil && !errors.Is(err, errNoSession) {
 		return err
 	}
-	var ended []any // an id without a session stays in the index until its time: that session may be about to start
-	for i, reply := range replies {
-		if len(reply) == 1 && reply[0] == "revoked" {
-			ended = append(ended, sids[i])
-		}
+	return errEnded
+}
+
+// rotate runs the exchange on a session that must be bound to hash. If it is bound to another one,
+// rotate changes nothing and returns errStale.
+func (s *store) rotate(ctx context.Context, x exchange, hash string) (grant, error) {
+	reply, err := s.run(ctx, sessionScript, x.UserID, "rotate",
+		x.SessionID,
+		x.Next,
+		digest(hash),
+		wholeSeconds(s.policy.RefreshTTL),
+		wholeSeconds(s.policy.SessionTTL),
+		x.Device.IP,
+		x.Device.UserAgent,
+		x.Shown,
+		s.policy.Leeway.Milliseconds(),
+		s.policy.Resend,
+	).StringSlice()
+	if err != nil {
+		return grant{}, redisError("rotate session", err)
 	}
-	if len(ended) == 0 {
+	switch reply[0] {
+	case "reused":
+		return grant{}, errReused
+	case "theft":
+		return grant{}, errTheft
+	case "ended":
+		return grant{}, errEnded
+	case "stale":
+		return grant{}, errStale
+	default: // rotated or resent
+		return parseGrant(x.SessionID, reply)
+	}
+}
+
+// parseGrant reads what session.lua says of a token that is honoured: an outcome, jti, iat and exp.
+func parseGrant(sessionID string, reply []string) (grant, error) {
+	if len(reply) != 4 {
+		return grant{}, fmt.Errorf("session.lua: unexpected reply %q", reply)
+	}
+	issuedAt, err := strconv.ParseInt(reply[2], 10, 64)
+	if err != nil {
+		return grant{}, fmt.Errorf("session.lua: iat: %v", err)
+	}
+	expiresAt, err := strconv.ParseInt(reply[3], 10, 64)
+	if err != nil {
+		return grant{}, fmt.Errorf("session.lua: exp: %v", err)
+	}
+	return grant{
+		SessionID: sessionID,
+		TokenID:   reply[1],
+		IssuedAt:  time.Unix(issuedAt, 0),
+		ExpiresAt: time.Unix(expiresAt, 0),
+		Resent:    reply[0] == "resent",
+	}, nil
+}
+
+// checkSession returns errEnded if the user has no such session any more.
+func (s *store) checkSession(ctx context.Context, userID, sessionID string) error {
+	living, err := s.rdb.Exists(ctx, "session:{"+userID+"}:"+sessionID).Result()
+	if err != nil {
+		return redisError("check session", err)
+	}
+	if living == 0 {
+		return errEnded
+	}
+	return nil
+}
+
+// listSessions returns the user's sessions, the one used last first.
+func (s *store) listSessions(ctx context.Context, userID string) ([]session, error) {
+	fields, err := s.run(ctx, releaseScript, userID, "list").StringSlice()
+	if err != nil {
+		return nil, redisError("list sessions", err)
+	}
+	var sessions []session
+	for f := range slices.Chunk(fields, 5) {
+		created, err := parseMilliseconds(f[1])
+		if err != nil {
+			return nil, fmt.Errorf("session %s: created: %v", f[0], err)
+		}
+		used, err := parseMilliseconds(f[2])
+		if err != nil {
+			return nil, fmt.Errorf("session %s: used: %v", f[0], err)
+		}
+		sessions = append(sessions, session{
+			ID:         f[0],
+			CreatedAt:  created,
+			LastUsedAt: used,
+			Device:     device{IP: f[3], UserAgent: f[4]},
+		})
+	}
+	slices.SortStableFunc(sessions, func(a, b session) int {
+		return b.LastUsedAt.Compare(a.LastUsedAt)
+	})
+	return sessions, nil
+}
+
+func parseMilliseconds(text string) (time.Time, error) {
+	ms, err := strconv.ParseInt(text, 10, 64)
+	return time.UnixMilli(ms), err
+}
+
+// revoke ends one of the user's sessions. It returns errNoSession if there is no such session.
+func (s *store) revoke(ctx context.Context, userID, sessionID string) error {
+	ended, err := s.run(ctx, releaseScript, userID, "revoke", sessionID).Int()
+	if err != nil {
+		return redisError("revoke session", err)
+	}
+	if ended == 0 {
 		return errNoSession
 	}
-	return redisError("revoke", s.rdb.ZRem(ctx, indexKey(uid), ended...).Err())
+	return nil
 }
 
-// revokeAll ends the user's sessions but keep, if given, and sid among them even if the index has lost it.
-func (s *store) revokeAll(ctx context.Context, uid, sid, keep string) error {
-	sids, err := s.sessionIDs(ctx, uid)
-	if err == nil {
-		err = s.revoke(ctx, uid, slices.DeleteFunc(append(sids, sid), func(id string) bool { return id == keep })...)
-	}
-	if errors.Is(err, errNoSession) {
+// revokeAll ends every session of the user.
+func (s *store) revokeAll(ctx context.Context, userID string) error {
+	err := s.run(ctx, releaseScript, userID, "revoke_all").Err()
+	return redisError("revoke all sessions", err)
+}
+
+// outOfService matches what Redis reports when it is there, but of no use just now. A script that
+// meets a slot on its way to another node of a cluster gets the error about a non local key.
+var outOfService = regexp.MustCompile(`^(LOADING|BUSY|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|` +
+	`CLUSTERDOWN|TRYAGAIN|MOVED|ASK|ERR max number of clients)|attempted to access a non local key`)
+
+// redisError names the operation that failed. A Redis that did not answer, or that is out of
+// service, is errUnavailable; an error that it reports otherwise is a fault.
+func redisError(operation string, err error) error {
+	var reported redis.Error
+	switch {
+	case err == nil:
 		return nil
+	case errors.As(err, &reported) && !outOfService.MatchString(reported.Error()):
+		return fmt.Errorf("redis: %s: %v", operation, err)
+	default:
+		return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
 	}
-	return err
 }
 
-// runEach runs the script on each of the sessions, 500 in a round trip, and returns what each answered.
-func (s *store) runEach(ctx context.Context, operation string, sids []string, args ...any) (replies [][]string, err error) {
-	for some := range slices.Chunk(sids, 500) {
-		cmds, err := s.rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
-			for _, sid := range some {
-				sessionScript.Eval(ctx, pipe, []string{sessionKey(sid)}, append([]any{operation}, args...)...)
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, redisError(operation, err)
-		}
-		for _, cmd := range cmds {
-			reply, _ := cmd.(*redis.Cmd).StringSlice() // its error was among err
-			replies = append(replies, reply)
-		}
-	}
-	return replies, nil
-}
+// Migrations
 
 //go:embed schema.sql
 var schemaSQL string
 
-// migration is one step of schema.sql; Applied says when, RFC 3339 in UTC, or that it is pending.
-type migration struct{ Version, Name, SQL, Checksum, Applied string }
+// migration is one step of schema.sql.
+type migration struct {
+	Version   string
+	Name      string
+	SQL       string
+	Checksum  string
+	AppliedAt time.Time // zero if it has not been applied
+}
 
-// parseMigrations splits a schema at its "-- migration: 0001 name" lines.
-func parseMigrations(schema string) (steps []migration) {
+// parseMigrations splits a schema at its lines "-- migration: 0001 name".
+func parseMigrations(schema string) []migration {
+	var steps []migration
 	for _, part := range strings.Split("\n"+schema, "\n-- migration: ")[1:] {
 		title, sql, _ := strings.Cut(part, "\n")
 		version, name, _ := strings.Cut(title, " ")
 		sum := sha256.Sum256([]byte(sql))
-		steps = append(steps, migration{version, name, sql, hex.EncodeToString(sum[:]), "pending"})
+		steps = append(steps, migration{
+			Version:  version,
+			Name:     name,
+			SQL:      sql,
+			Checksum: hex.EncodeToString(sum[:]),
+		})
 	}
 	return steps
 }
 
-// migrate applies what of the schema has not been applied: all of it or, on an error, nothing. With apply false it
-// changes nothing. It returns every step; one on record that is unknown or has another text is an error.
-func migrate(ctx context.Context, database *pgx.ConnConfig, schema string, apply bool) ([]migration, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
+// migrate applies the steps of a schema that have not been applied, all of them or, on an error,
+// none. It returns all steps.
+func migrate(ctx context.Context, database *pgx.ConnConfig, schema string) ([]migration, error) {
+	var steps []migration
+	err := inMigration(ctx, database, func(ctx context.Context, tx pgx.Tx) error {
+		var err error
+		steps, err = compareMigrations(ctx, tx, schema)
+		if err != nil {
+			return err
+		}
+		for i := range steps {
+			if !steps[i].AppliedAt.IsZero() {
+				continue
+			}
+			if err := applyMigration(ctx, tx, steps[i]); err != nil {
+				return fmt.Errorf("migration %s %s: %v", steps[i].Version, steps[i].Name, err)
+			}
+			steps[i].AppliedAt = time.Now()
+		}
+		return tx.Commit(ctx)
+	})
+	return steps, err
+}
+
+// migrationStatus returns the steps of a schema and changes nothing.
+func migrationStatus(
+	ctx context.Context,
+	database *pgx.ConnConfig,
+	schema string,
+) ([]migration, error) {
+	var steps []migration
+	err := inMigration(ctx, database, func(ctx context.Context, tx pgx.Tx) error {
+		var err error
+		steps, err = compareMigrations(ctx, tx, schema)
+		return err
+	})
+	return steps, err
+}
+
+// inMigration runs fn in a transaction of its own connection. What fn does not commit is undone.
+// One replica at a time gets here, the others wait.
+func inMigration(
+	ctx context.Context,
+	database *pgx.ConnConfig,
+	fn func(ctx context.Context, tx pgx.Tx) error,
+) error {
+	ctx, cancel := context.WithTimeout(ctx, migrationTimeout)
 	defer cancel()
 	conn, err := pgx.ConnectConfig(ctx, database)
 	if err != nil {
-		return nil, fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
+		return fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
 	}
-	defer conn.Close(context.WithoutCancel(ctx)) // which rolls back what is not committed
+	defer conn.Close(context.WithoutCancel(ctx))
+	if err := checkEncoding(ctx, conn); err != nil {
+		return err
+	}
+
 	tx, err := conn.Begin(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	// One replica at a time, the others wait. The number is any that nobody else uses.
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171);
-		DO $$ BEGIN IF to_regclass('schema_migrations') IS NULL THEN CREATE TABLE schema_migrations (version text PRIMARY KEY,
-			name text NOT NULL, checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now()); END IF; END $$`); err != nil {
-		return nil, err
+	const lock = 7236857230171 // any number that nobody else uses
+	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, lock); err != nil {
+		return err
 	}
-	rows, _ := tx.Query(ctx, `SELECT version, name, '', checksum, to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')
-		FROM schema_migrations`)
-	applied, err := pgx.CollectRows(rows, pgx.RowToStructByPos[migration])
+	return fn(ctx, tx)
+}
+
+// checkEncoding refuses a database that cannot hold every email address.
+func checkEncoding(ctx context.Context, conn *pgx.Conn) error {
+	var encoding string
+	if err := conn.QueryRow(ctx, `SHOW server_encoding`).Scan(&encoding); err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		return fmt.Errorf("DATABASE_URL: the encoding of the database is %s, not UTF8", encoding)
+	}
+	return nil
+}
+
+// compareMigrations returns the steps of a schema, those that are on record with their time. A step
+// on record that the schema does not have, or has with another text, is an error.
+func compareMigrations(ctx context.Context, tx pgx.Tx, schema string) ([]migration, error) {
+	recorded, err := recordedMigrations(ctx, tx)
 	if err != nil {
 		return nil, err
 	}
 	steps := parseMigrations(schema)
 	for i := range steps {
 		step := &steps[i]
-		at := slices.IndexFunc(applied, func(m migration) bool { return m.Version == step.Version })
-		switch {
-		case at >= 0 && applied[at].Checksum != step.Checksum:
-			return nil, fmt.Errorf("migration %s %s is not the one that was applied: its text has changed", step.Version, step.Name)
-		case at >= 0:
-			step.Applied = applied[at].Applied
-			applied = slices.Delete(applied, at, at+1)
-		case apply:
-			if _, err := tx.Exec(ctx, step.SQL); err != nil {
-				return nil, fmt.Errorf("migration %s %s: %v", step.Version, step.Name, err)
-			}
-			if _, err := tx.Exec(ctx, `INSERT INTO schema_migrations (version, name, checksum) VALUES ($1, $2, $3)`,
-				step.Version, step.Name, step.Checksum); err != nil {
-				return nil, err
-			}
-			step.Applied = time.Now().UTC().Format(time.RFC3339)
+		record, applied := recorded[step.Version]
+		if !applied {
+			continue
 		}
+		if record.Checksum != step.Checksum {
+			return nil, fmt.Errorf("migration %s %s: its text has changed since it was applied",
+				step.Version, step.Name)
+		}
+		step.AppliedAt = record.AppliedAt
+		delete(recorded, step.Version)
 	}
-	if len(applied) > 0 {
-		return nil, fmt.Errorf("migration %s %s was applied, but this version does not know it", applied[0].Version, applied[0].Name)
+	for _, unknown := range recorded {
+		return nil, fmt.Errorf("migration %s %s was applied, but this version does not know it",
+			unknown.Version, unknown.Name)
 	}
-	if !apply {
-		return steps, nil
+	return steps, nil
+}
+
+// recordedMigrations returns what schema_migrations has on record, by version. It makes the table
+// if it is not there; a role without the right to make one can still serve.
+func recordedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, error) {
+	_, err := tx.Exec(ctx, `
+		DO $$
+		BEGIN
+			IF to_regclass('schema_migrations') IS NULL THEN
+				CREATE TABLE schema_migrations (
+					version    text        PRIMARY KEY,
+					name       text        NOT NULL,
+					checksum   text        NOT NULL,
+					applied_at timestamptz NOT NULL DEFAULT now()
+				);
+			END IF;
+		END $$`)
+	if err != nil {
+		return nil, err
 	}
-	return steps, tx.Commit(ctx)
+	rows, err := tx.Query(ctx, `
+		SELECT version, name, checksum, applied_at
+		FROM schema_migrations`)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	recorded := map[string]migration{}
+	for rows.Next() {
+		var m migration
+		if err := rows.Scan(&m.Version, &m.Name, &m.Checksum, &m.AppliedAt); err != nil {
+			return nil, err
+		}
+		recorded[m.Version] = m
+	}
+	return recorded, rows.Err()
+}
+
+// applyMigration runs a step and puts it on record.
+func applyMigration(ctx context.Context, tx pgx.Tx, step migration) error {
+	if _, err := tx.Exec(ctx, step.SQL); err != nil {
+		return err
+	}
+	_, err := tx.Exec(ctx, `
+		INSERT INTO schema_migrations (version, name, checksum)
+		VALUES ($1, $2, $3)`, step.Version, step.Name, step.Checksum)
+	return err
 }

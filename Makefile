@@ -1,39 +1,56 @@
 AIR = github.com/air-verse/air@v1.67.4
 
+# The race detector needs a C compiler.
+RACE = $(if $(filter 1,$(shell go env CGO_ENABLED)),-race)
+
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile
 
 run dev: export NODE_ENV ?= development
 
-run: go ## serve on http://localhost:3000, data in .data
+run: go ## serve on http://localhost:3000, with the data in .data
 	go build -o latchkey .
 	scripts/with-services --keep .data ./latchkey
 
-# air's delay, in milliseconds, is how long the server may drain. Without the exec air signals a shell
-# and the server one after the other, and the second signal would cut the draining short.
-dev: go ## like run, rebuilt and restarted at every saved change
-	scripts/with-services --keep .data go run $(AIR) -tmp_dir .data/air -build.include_ext go,sql,lua,txt \
-	    -build.exclude_dir .data,examples,integration,scripts -build.full_bin 'exec .data/air/main' \
-	    -build.send_interrupt true -build.kill_delay 15000
+# The kill_delay is the time in milliseconds that the server has for draining. air starts the server
+# through a shell, which exec replaces: otherwise air would send both a signal, one after the other,
+# and the second would cut the draining short.
+dev: go ## like run, but rebuild and restart at every saved change
+	scripts/with-services --keep .data go run $(AIR) \
+	    -tmp_dir .data/air \
+	    -build.include_ext go,sql,lua,txt \
+	    -build.exclude_dir .data,bench,contract,examples,integration,scripts,spec \
+	    -build.full_bin 'exec .data/air/main' \
+	    -build.send_interrupt true \
+	    -build.kill_delay 15000
 
-test: go ## go vet and all tests, on a PostgreSQL and a Redis of their own
+# The contract's tests build the server and run it on the same PostgreSQL and Redis.
+test: go ## go vet, all tests, and the HTTP contract held against the server
+	$(if $(RACE),,@echo "There is no C compiler here: the tests run without -race." >&2)
 	go vet ./...
-	@race=-race; [ "$$(go env CGO_ENABLED)" = 1 ] || { race=; echo "no C compiler here: the tests run without -race" >&2; }; \
-	echo "go test $$race ./..."; scripts/with-services go test $$race ./...
+	scripts/with-services sh -exc 'go test $(RACE) ./...; go test -C contract -count=1 ./...'
+
+check: go ## what needs no server: formatting, linters, complexity, known vulnerabilities
+	scripts/check
+
+spec: ## the model checker on the sessions' protocol, which needs spin and gcc
+	spec/check
 
 bench: go ## the benchmarks
 	scripts/with-services go test -run '^$$' -bench . -benchtime 500x .
 	go test -C bench -bench .
 
-integration: go ## the tests of the whole, with Docker and Chromium
+integration: go ## the tests of the image, Compose, a cluster and the browser, which need Docker
 	go test -C integration -count=1 -timeout 15m ./...
 
-check: go ## formatting, tidiness, staticcheck, known vulnerabilities, shellcheck
-	scripts/check
-
-# A Go from 1.21 on fetches the version that go.mod names; this speaks up where that cannot be had.
+# Any Go from 1.21 on fetches the version that go.mod names. This fails early where it cannot.
 go:
-	@case "$$(go env GOVERSION 2>/dev/null)" in go1.2[6-9]*|go1.[3-9][0-9]*|devel*) ;; \
-	*) echo "Go 1.26 or newer is needed: https://go.dev/dl" >&2; go version >&2; exit 1 ;; esac
+	@case "$$(go env GOVERSION 2>/dev/null)" in \
+	go1.2[6-9]* | go1.[3-9][0-9]* | devel*) ;; \
+	*) \
+	    echo "Latchkey needs Go 1.26 or newer: https://go.dev/dl" >&2; \
+	    go version >&2; \
+	    exit 1 ;; \
+	esac
 
-.PHONY: help run dev test bench integration check go
+.PHONY: help run dev test check spec bench integration go

@@ -65,18 +65,18 @@ type auth struct {
 
 // Answers
 
-// message answers what has nothing else to say.
+// message is an answer that only says what was done.
 type message struct {
 	Message string `json:"message"`
 }
 
-// userAnswer is a user whose account is already known to the frontend.
+// userAnswer is what the answer to a login says of the user.
 type userAnswer struct {
 	ID    string `json:"id"`
 	Email string `json:"email"`
 }
 
-// accountAnswer is a user with what only the account has.
+// accountAnswer is a user's account.
 type accountAnswer struct {
 	ID        string    `json:"id"`
 	Email     string    `json:"email"`
@@ -132,14 +132,14 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 	if err := readBody(w, r, &in); err != nil {
 		return err
 	}
-	faults := validationError{}
 	email := normalizeEmail(in.Email)
-	faults.add("email", emailFault(email))
-	faults.add("password", passwordFault(in.Password))
-	if len(faults) > 0 {
-		return faults
+	err := validate(
+		field{"email", emailFault(email)},
+		field{"password", passwordFault(in.Password)},
+	)
+	if err != nil {
+		return err
 	}
-
 	hash, err := a.hasher.hash(r.Context(), in.Password)
 	if err != nil {
 		return err
@@ -162,16 +162,16 @@ func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
 	if err := readBody(w, r, &in); err != nil {
 		return err
 	}
-	faults := validationError{}
-	faults.add("email", missingFault(in.Email))
-	faults.add("password", missingFault(in.Password))
-	if len(faults) > 0 {
-		return faults
+	err := validate(
+		field{"email", missingFault(in.Email)},
+		field{"password", missingFault(in.Password)},
+	)
+	if err != nil {
+		return err
 	}
-
 	var u user
 	var g grant
-	err := retryStale(func() error {
+	err = retryStale(func() error {
 		var err error
 		u, err = a.authenticate(r, normalizeEmail(in.Email), in.Password)
 		if err != nil {
@@ -319,14 +319,14 @@ func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) 
 	if err := readBody(w, r, &in); err != nil {
 		return err
 	}
-	faults := validationError{}
-	faults.add("currentPassword", missingFault(in.CurrentPassword))
-	faults.add("newPassword", passwordFault(in.NewPassword))
-	if len(faults) > 0 {
-		return faults
+	err := validate(
+		field{"currentPassword", missingFault(in.CurrentPassword)},
+		field{"newPassword", passwordFault(in.NewPassword)},
+	)
+	if err != nil {
+		return err
 	}
-
-	err := retryStale(func() error {
+	err = retryStale(func() error {
 		u, err := a.reauthenticate(r, c, in.CurrentPassword)
 		if err != nil {
 			return err
@@ -349,12 +349,9 @@ func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) e
 	if err := readBody(w, r, &in); err != nil {
 		return err
 	}
-	faults := validationError{}
-	faults.add("password", missingFault(in.Password))
-	if len(faults) > 0 {
-		return faults
+	if err := validate(field{"password", missingFault(in.Password)}); err != nil {
+		return err
 	}
-
 	err := retryStale(func() error {
 		u, err := a.reauthenticate(r, c, in.Password)
 		if err != nil {
@@ -489,12 +486,9 @@ func (a *auth) clearCookie(w http.ResponseWriter) {
 // deviceOf returns where a request comes from, as the list of sessions shows it.
 func deviceOf(r *http.Request) device {
 	agent := r.UserAgent()
-	if len(agent) > maxUserAgentBytes {
-		agent = agent[:maxUserAgentBytes]
-	}
 	return device{
 		IP:        infoOf(r).ip.String(),
-		UserAgent: strings.ToValidUTF8(agent, ""),
+		UserAgent: strings.ToValidUTF8(agent[:min(len(agent), maxUserAgentBytes)], ""),
 	}
 }
 
@@ -613,17 +607,32 @@ func parseObject(data []byte, b body) error {
 
 // Emails and passwords
 
-// add notes what is wrong with a field, if anything is.
-func (e validationError) add(field, fault string) {
-	if fault != "" {
-		e[field] = fault
-	}
+// field is a member of a body and what is wrong with it, "" if nothing is.
+type field struct {
+	name  string
+	fault string
 }
+
+// validate returns a validationError if anything is wrong with one of the fields.
+func validate(fields ...field) error {
+	faults := validationError{}
+	for _, f := range fields {
+		if f.fault != "" {
+			faults[f.name] = f.fault
+		}
+	}
+	if len(faults) > 0 {
+		return faults
+	}
+	return nil
+}
+
+const faultMissing = "This field is required"
 
 // missingFault returns what is wrong with a value that only has to be there, "" if nothing is.
 func missingFault(value string) string {
 	if value == "" {
-		return "This field is required"
+		return faultMissing
 	}
 	return ""
 }
@@ -642,7 +651,7 @@ func normalizeEmail(email string) string {
 // emailFault returns what is wrong with the normalized email of a new account, "" if nothing is.
 func emailFault(email string) string {
 	if email == "" {
-		return missingFault(email)
+		return faultMissing
 	}
 	if len(email) > maxEmailBytes {
 		return "Email must be at most 254 bytes"
@@ -682,7 +691,7 @@ func parseCommonPasswords(file string) map[string]bool {
 func passwordFault(password string) string {
 	switch {
 	case password == "":
-		return missingFault(password)
+		return faultMissing
 	case len(password) < minPasswordBytes:
 		return "Password must be at least 8 bytes"
 	case len(password) > maxPasswordBytes:
@@ -728,7 +737,7 @@ func (a *auth) judgePassword(r *http.Request, email, hash, password string) erro
 		return redisError("login limit", err)
 	}
 	if wait > 0 {
-		a.metrics.countLoginLimited()
+		a.metrics.loginLimited.Add(1)
 		return &limitError{errTooManyAttempts, wait}
 	}
 
@@ -811,17 +820,15 @@ func (h *hasher) acquire(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, hashWait)
 	defer cancel()
 	defer h.waiting.Add(-1)
-	if h.waiting.Add(1) > hashQueue {
-		h.refused.Add(1)
-		return errOverloaded
+	if h.waiting.Add(1) <= hashQueue {
+		select {
+		case h.slots <- struct{}{}:
+			return nil
+		case <-ctx.Done():
+		}
 	}
-	select {
-	case h.slots <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		h.refused.Add(1)
-		return errOverloaded
-	}
+	h.refused.Add(1)
+	return errOverloaded
 }
 
 // release gives a slot back.

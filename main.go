@@ -70,6 +70,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
@@ -98,11 +99,11 @@ func run(
 	case "", "serve":
 		return runServe(ctx, env, stdout)
 	case "migrate":
-		return runMigrate(ctx, env, stdout)
+		return runMigrations(ctx, env, stdout, migrate)
 	case "migrate status":
-		return runMigrateStatus(ctx, env, stdout)
+		return runMigrations(ctx, env, stdout, migrationStatus)
 	case "healthcheck":
-		return runHealthcheck(ctx, env)
+		return runHealthcheck(env)
 	case "version":
 		return runVersion(stdout)
 	default:
@@ -120,29 +121,18 @@ func runServe(ctx context.Context, env *environment, stdout io.Writer) error {
 	return serve(ctx, cfg, stdout)
 }
 
-// runMigrate applies the migrations that the server would apply at its start.
-func runMigrate(ctx context.Context, env *environment, stdout io.Writer) error {
+// runMigrations calls do, which is migrate or migrationStatus, and prints the steps it returns.
+func runMigrations(
+	ctx context.Context,
+	env *environment,
+	stdout io.Writer,
+	do func(context.Context, *pgx.ConnConfig, string) ([]migration, error),
+) error {
 	database := env.database()
 	if err := env.err(); err != nil {
 		return err
 	}
-	steps, err := migrate(ctx, database.ConnConfig, schemaSQL)
-	printMigrations(stdout, steps)
-	return err
-}
-
-// runMigrateStatus lists the migrations and changes nothing.
-func runMigrateStatus(ctx context.Context, env *environment, stdout io.Writer) error {
-	database := env.database()
-	if err := env.err(); err != nil {
-		return err
-	}
-	steps, err := migrationStatus(ctx, database.ConnConfig, schemaSQL)
-	printMigrations(stdout, steps)
-	return err
-}
-
-func printMigrations(stdout io.Writer, steps []migration) {
+	steps, err := do(ctx, database.ConnConfig, schemaSQL)
 	for _, step := range steps {
 		applied := "pending"
 		if !step.AppliedAt.IsZero() {
@@ -150,23 +140,18 @@ func printMigrations(stdout io.Writer, steps []migration) {
 		}
 		fmt.Fprintf(stdout, "%s  %-20s  %s\n", step.Version, applied, step.Name)
 	}
+	return err
 }
 
 // runHealthcheck asks the server on this host whether it is ready. It is what the image is checked
 // by, since that has no shell and no curl.
-func runHealthcheck(ctx context.Context, env *environment) error {
+func runHealthcheck(env *environment) error {
 	port := env.port()
 	if err := env.err(); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	address := fmt.Sprintf("http://127.0.0.1:%d/readyz", port)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
+	client := http.Client{Timeout: 3 * time.Second}
+	resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/readyz", port))
 	if err != nil {
 		return err
 	}
@@ -334,14 +319,14 @@ func newApp(
 	if err != nil {
 		return nil, err
 	}
-	m := newMetrics(samples(h, db, rdb))
+	m := newMetrics(func() []sample { return readSamples(h, db, rdb) })
 	s := &store{db: db, rdb: rdb, policy: cfg.sessions}
 	draining := &atomic.Bool{}
 	handlers := &auth{
 		store: s,
 		logins: &loginLimiter{
-			counters: counters{rdb, cfg.loginWindow},
-			max:      cfg.loginMax,
+			window: fixedWindow{rdb, cfg.loginWindow},
+			max:    cfg.loginMax,
 		},
 		hasher:       h,
 		metrics:      m,
@@ -353,8 +338,8 @@ func newApp(
 		sameSite:     cfg.sameSite,
 	}
 	requests := &requestLimiter{
-		counters: counters{rdb, cfg.rateWindow},
-		max:      cfg.rateMax,
+		window: fixedWindow{rdb, cfg.rateWindow},
+		max:    cfg.rateMax,
 	}
 
 	mux := newMux(routes(handlers, s, draining), refuseCrossOrigin(cfg.origins))
@@ -426,21 +411,16 @@ func refuseUnknown(next http.Handler) http.Handler {
 	})
 }
 
-// healthAnswer says whether the process serves.
+// healthAnswer says how the server is and, in answers of /readyz, how each store is.
 type healthAnswer struct {
-	Status string `json:"status"`
-}
-
-// readyAnswer says whether the process serves, and whether each store does.
-type readyAnswer struct {
 	Status   string `json:"status"`
-	Postgres string `json:"postgres"`
-	Redis    string `json:"redis"`
+	Postgres string `json:"postgres,omitempty"`
+	Redis    string `json:"redis,omitempty"`
 }
 
 // healthz answers while the process serves.
 func healthz(w http.ResponseWriter, _ *http.Request) error {
-	return writeJSON(w, http.StatusOK, healthAnswer{"ok"})
+	return writeJSON(w, http.StatusOK, healthAnswer{Status: "ok"})
 }
 
 // readyz answers 200 while both stores answer and the process does not mean to stop.
@@ -448,7 +428,7 @@ func readyz(s *store, draining *atomic.Bool) handlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		postgresErr := s.postgresReady(r.Context())
 		redisErr := s.redisReady(r.Context())
-		answer := readyAnswer{
+		answer := healthAnswer{
 			Status:   "ok",
 			Postgres: availability(postgresErr),
 			Redis:    availability(redisErr),
@@ -470,76 +450,62 @@ func availability(err error) string {
 	return "ok"
 }
 
-// samples returns the metrics that are read when they are scraped.
-func samples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sample {
+// readSamples reads the metrics that are not counted but looked up.
+func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sample {
+	postgres := db.Stat()
+	connections := rdb.PoolStats()
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
 	return []sample{
 		{
-			name: "latchkey_hashing_slots",
-			kind: "gauge",
-			help: "Passwords that can be hashed at the same time.",
-			read: func() float64 { return float64(cap(h.slots)) },
+			series: "latchkey_hashing_slots",
+			help:   "Passwords that can be hashed at the same time.",
+			value:  float64(cap(h.slots)),
 		},
 		{
-			name: "latchkey_hashing_slots_in_use",
-			kind: "gauge",
-			help: "Passwords that are being hashed.",
-			read: func() float64 { return float64(len(h.slots)) },
+			series: "latchkey_hashing_slots_in_use",
+			help:   "Passwords that are being hashed.",
+			value:  float64(len(h.slots)),
 		},
 		{
-			name: "latchkey_hashing_waiting",
-			kind: "gauge",
-			help: "Requests that wait for a hashing slot.",
-			read: func() float64 { return float64(h.waiting.Load()) },
+			series: "latchkey_hashing_waiting",
+			help:   "Requests that wait for a hashing slot.",
+			value:  float64(h.waiting.Load()),
 		},
 		{
-			name: "latchkey_hashing_refused_total",
-			kind: "counter",
-			help: "Requests refused because no hashing slot came free in time.",
-			read: func() float64 { return float64(h.refused.Load()) },
+			series: "latchkey_hashing_refused_total",
+			help:   "Requests refused because no hashing slot came free in time.",
+			value:  float64(h.refused.Load()),
 		},
 		{
-			name:   "latchkey_postgres_connections",
-			labels: `{state="idle"}`,
-			kind:   "gauge",
+			series: `latchkey_postgres_connections{state="idle"}`,
 			help:   "Connections to PostgreSQL.",
-			read:   func() float64 { return float64(db.Stat().IdleConns()) },
+			value:  float64(postgres.IdleConns()),
 		},
 		{
-			name:   "latchkey_postgres_connections",
-			labels: `{state="in_use"}`,
-			read:   func() float64 { return float64(db.Stat().AcquiredConns()) },
+			series: `latchkey_postgres_connections{state="in_use"}`,
+			value:  float64(postgres.AcquiredConns()),
 		},
 		{
-			name:   "latchkey_redis_connections",
-			labels: `{state="idle"}`,
-			kind:   "gauge",
+			series: `latchkey_redis_connections{state="idle"}`,
 			help:   "Connections to Redis.",
-			read:   func() float64 { return float64(rdb.PoolStats().IdleConns) },
+			value:  float64(connections.IdleConns),
 		},
 		{
-			name:   "latchkey_redis_connections",
-			labels: `{state="open"}`,
-			read:   func() float64 { return float64(rdb.PoolStats().TotalConns) },
+			series: `latchkey_redis_connections{state="open"}`,
+			value:  float64(connections.TotalConns),
 		},
 		{
-			name: "go_goroutines",
-			kind: "gauge",
-			help: "Goroutines that exist.",
-			read: func() float64 { return float64(runtime.NumGoroutine()) },
+			series: "go_goroutines",
+			help:   "Goroutines that exist.",
+			value:  float64(runtime.NumGoroutine()),
 		},
 		{
-			name: "go_memstats_sys_bytes",
-			kind: "gauge",
-			help: "Bytes of memory obtained from the system.",
-			read: systemMemory,
+			series: "go_memstats_sys_bytes",
+			help:   "Bytes of memory obtained from the system.",
+			value:  float64(memory.Sys),
 		},
 	}
-}
-
-func systemMemory() float64 {
-	var stats runtime.MemStats
-	runtime.ReadMemStats(&stats)
-	return float64(stats.Sys)
 }
 
 // Configuration
@@ -713,16 +679,13 @@ func (e *environment) database() *pgxpool.Config {
 	return cfg
 }
 
-// hasPlainUserinfo reports whether a URL has at most one @, the one before its host. Another @ is
-// most likely a part of the password, which would then be taken for a host and shown in an error.
+// hasPlainUserinfo reports whether a URL has at most one @, and that one before its host. Any other
+// @ is part of a password that should be escaped. Without this check the rest of that password
+// would be taken for a host or a database, and be shown in errors.
 func hasPlainUserinfo(value string) bool {
 	_, rest, _ := strings.Cut(value, "://")
-	authority := rest
-	if end := strings.IndexAny(rest, "/?#"); end >= 0 {
-		authority = rest[:end]
-	}
-	all := strings.Count(rest, "@")
-	return all <= 1 && all == strings.Count(authority, "@")
+	userinfo := rest[:max(0, strings.LastIndexByte(rest, '@'))]
+	return !strings.ContainsAny(userinfo, "@/?#")
 }
 
 // redis reads REDIS_URL. The client sends nothing a second time: what counts or rotates may have

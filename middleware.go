@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -24,6 +23,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -258,11 +258,8 @@ func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Add
 	ip := addrPort.Addr().Unmap().WithZone("")
 	hops := strings.Split(strings.Join(forwarded, ","), ",")
 	for _, hop := range slices.Backward(hops) {
-		if !containsAddr(trusted, ip) {
-			break
-		}
 		before, err := netip.ParseAddr(strings.Trim(hop, " \t"))
-		if err != nil {
+		if err != nil || !containsAddr(trusted, ip) {
 			break
 		}
 		ip = before.Unmap().WithZone("")
@@ -270,6 +267,7 @@ func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Add
 	return ip
 }
 
+// containsAddr reports whether ip is in one of the prefixes.
 func containsAddr(prefixes []netip.Prefix, ip netip.Addr) bool {
 	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool {
 		return p.Contains(ip)
@@ -286,8 +284,6 @@ func (rec *statusRecorder) WriteHeader(status int) {
 	rec.status = status
 	rec.ResponseWriter.WriteHeader(status)
 }
-
-func (rec *statusRecorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
 
 // observe gives a request its id and its client IP, sets the headers of every answer, answers a
 // panic as an error, and logs and counts the request when it is done. From here on a client that
@@ -355,10 +351,7 @@ func logRequest(log *slog.Logger, r *http.Request, status int, took time.Duratio
 // cut shortens what a client has chosen, so that it cannot fill the log with one request.
 func cut(text string) string {
 	const maxLogged = 256
-	if len(text) > maxLogged {
-		text = text[:maxLogged]
-	}
-	return text
+	return text[:min(len(text), maxLogged)]
 }
 
 // matchRoute notes the route of a request, for the log and the metrics of requests that are refused
@@ -423,10 +416,10 @@ func rateLimit(l *requestLimiter, m *metrics) middleware {
 				return redisError("rate limit", err)
 			}
 			h := w.Header()
-			h.Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.counters.window))
+			h.Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.window.seconds))
 			h.Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
 			if left < 0 {
-				m.countRateLimited()
+				m.rateLimited.Add(1)
 				return &limitError{errRateLimited, reset}
 			}
 			next.ServeHTTP(w, r)
@@ -508,33 +501,32 @@ type histogram struct {
 	sum     float64 // in seconds
 }
 
-// sample is a metric that is read when it is scraped.
+// sample is the present value of a series.
 type sample struct {
-	name   string
-	labels string // as they are written, braces included; empty for none
-	kind   string // gauge or counter
-	help   string
-	read   func() float64
+	series string // a counter if its name ends in _total, else a gauge; labels included
+	help   string // only of the first series of a name
+	value  float64
 }
 
 // metrics counts in memory and writes the Prometheus text format when it is scraped.
 type metrics struct {
-	samples []sample
+	readSamples  func() []sample
+	rateLimited  atomic.Uint64
+	loginLimited atomic.Uint64
 
-	mu           sync.Mutex
-	requests     map[requestLabels]uint64
-	durations    map[string]*histogram // by route
-	refreshes    map[refreshOutcome]uint64
-	rateLimited  uint64
-	loginLimited uint64
+	mu        sync.Mutex
+	requests  map[requestLabels]uint64
+	durations map[string]*histogram // by route
+	refreshes map[refreshOutcome]uint64
 }
 
-func newMetrics(samples []sample) *metrics {
+// newMetrics returns metrics that have counted nothing. readSamples is called at every scrape.
+func newMetrics(readSamples func() []sample) *metrics {
 	return &metrics{
-		samples:   samples,
-		requests:  map[requestLabels]uint64{},
-		durations: map[string]*histogram{},
-		refreshes: map[refreshOutcome]uint64{},
+		readSamples: readSamples,
+		requests:    map[requestLabels]uint64{},
+		durations:   map[string]*histogram{},
+		refreshes:   map[refreshOutcome]uint64{},
 	}
 }
 
@@ -565,18 +557,6 @@ func (m *metrics) countRefresh(outcome refreshOutcome) {
 	m.refreshes[outcome]++
 }
 
-func (m *metrics) countRateLimited() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.rateLimited++
-}
-
-func (m *metrics) countLoginLimited() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.loginLimited++
-}
-
 // ServeHTTP answers a scrape.
 func (m *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	var b bytes.Buffer
@@ -598,16 +578,13 @@ func writeFamily(b *bytes.Buffer, name, kind, help string) {
 func (m *metrics) writeRequests(b *bytes.Buffer) {
 	const name = "latchkey_http_requests_total"
 	writeFamily(b, name, "counter", "Requests answered, by route, method and status.")
-	ordered := slices.SortedFunc(maps.Keys(m.requests), func(x, y requestLabels) int {
-		return cmp.Or(
-			cmp.Compare(x.route, y.route),
-			cmp.Compare(x.method, y.method),
-			cmp.Compare(x.status, y.status))
-	})
-	for _, labels := range ordered {
-		fmt.Fprintf(b, "%s{route=%q,method=%q,status=\"%d\"} %d\n",
-			name, labels.route, labels.method, labels.status, m.requests[labels])
+	var lines []string
+	for labels, count := range m.requests {
+		lines = append(lines, fmt.Sprintf("%s{route=%q,method=%q,status=\"%d\"} %d\n",
+			name, labels.route, labels.method, labels.status, count))
 	}
+	slices.Sort(lines)
+	b.WriteString(strings.Join(lines, ""))
 }
 
 func (m *metrics) writeDurations(b *bytes.Buffer) {
@@ -631,19 +608,22 @@ func (m *metrics) writeCounters(b *bytes.Buffer) {
 		fmt.Fprintf(b, "latchkey_refresh_total{outcome=%q} %d\n", outcome, m.refreshes[outcome])
 	}
 	writeFamily(b, "latchkey_rate_limited_total", "counter", "Requests over the limit per IP.")
-	fmt.Fprintf(b, "latchkey_rate_limited_total %d\n", m.rateLimited)
+	fmt.Fprintf(b, "latchkey_rate_limited_total %d\n", m.rateLimited.Load())
 	writeFamily(b, "latchkey_login_limited_total", "counter", "Logins over a limit.")
-	fmt.Fprintf(b, "latchkey_login_limited_total %d\n", m.loginLimited)
+	fmt.Fprintf(b, "latchkey_login_limited_total %d\n", m.loginLimited.Load())
 }
 
-// writeSamples writes what is read only now. Samples of one name stand one after the other.
+// writeSamples writes what is read only now.
 func (m *metrics) writeSamples(b *bytes.Buffer) {
-	family := ""
-	for _, s := range m.samples {
-		if s.name != family {
-			family = s.name
-			writeFamily(b, s.name, s.kind, s.help)
+	for _, s := range m.readSamples() {
+		name, _, _ := strings.Cut(s.series, "{")
+		kind := "gauge"
+		if strings.HasSuffix(name, "_total") {
+			kind = "counter"
 		}
-		fmt.Fprintf(b, "%s%s %v\n", s.name, s.labels, s.read())
+		if s.help != "" {
+			writeFamily(b, name, kind, s.help)
+		}
+		fmt.Fprintf(b, "%s %v\n", s.series, s.value)
 	}
 }

@@ -33,70 +33,64 @@ const (
 	accountFactor = 10
 )
 
-// limit is a counter and the number of events that it allows in a window.
-type limit struct {
-	key string
-	max int
-}
-
-// refund is a number of events to take off a counter.
-type refund struct {
+// counter names a counter in Redis. events is the most that it may count in a window when an event
+// is taken, and how many it shall count less when events are given back.
+type counter struct {
 	key    string
 	events int
 }
 
-// counters counts events in fixed windows of so many seconds.
-type counters struct {
-	rdb    redis.Scripter
-	window int
+// fixedWindow counts events in windows of so many seconds. The first event opens a window.
+type fixedWindow struct {
+	rdb     redis.Scripter
+	seconds int
 }
 
-// take counts one event on each of the limits, or on none of them if one is exhausted. It returns
-// how many more events are allowed, -1 if not even this one was, and the time until the window
-// ends. The keys must lie in one slot of a cluster.
-func (c counters) take(ctx context.Context, limits ...limit) (int, time.Duration, error) {
-	names := make([]string, len(limits))
-	args := []any{"take", c.window}
-	for i, l := range limits {
-		names[i] = l.key
-		args = append(args, l.max)
-	}
-	reply, err := rateLimitScript.Run(ctx, c.rdb, names, args...).Int64Slice()
+// take counts one event on each counter, or on none of them if one has reached its maximum. It
+// returns how many more events are allowed, -1 if not even this one was, and the time until the
+// window ends.
+func (w fixedWindow) take(ctx context.Context, all ...counter) (int, time.Duration, error) {
+	reply, err := w.run(ctx, "take", all).Int64Slice()
 	if err != nil {
 		return 0, 0, err
 	}
 	return int(reply[0]), time.Duration(reply[1]) * time.Millisecond, nil
 }
 
-// giveBack takes events off counters, whose keys must lie in one slot of a cluster.
-func (c counters) giveBack(ctx context.Context, refunds ...refund) error {
-	names := make([]string, len(refunds))
-	args := []any{"give_back", c.window}
-	for i, f := range refunds {
-		names[i] = f.key
-		args = append(args, f.events)
+// giveBack takes events off each counter.
+func (w fixedWindow) giveBack(ctx context.Context, all ...counter) error {
+	return w.run(ctx, "give_back", all).Err()
+}
+
+// run runs a command of ratelimit.lua. The counters must lie in one slot of a cluster.
+func (w fixedWindow) run(ctx context.Context, command string, all []counter) *redis.Cmd {
+	names := make([]string, len(all))
+	args := []any{command, w.seconds}
+	for i, one := range all {
+		names[i] = one.key
+		args = append(args, one.events)
 	}
-	return rateLimitScript.Run(ctx, c.rdb, names, args...).Err()
+	return rateLimitScript.Run(ctx, w.rdb, names, args...)
 }
 
 // requestLimiter limits the requests of a client. A max of 0 means no limit.
 type requestLimiter struct {
-	counters counters
-	max      int
+	window fixedWindow
+	max    int
 }
 
 // take counts a request from ip. It returns how many more are allowed, -1 if this one was not, and
 // the time until the window ends.
 func (l *requestLimiter) take(ctx context.Context, ip netip.Addr) (int, time.Duration, error) {
 	key := "rate-limit:{" + network(ip, hostPrefixIPv6) + "}"
-	return l.counters.take(ctx, limit{key, l.max})
+	return l.window.take(ctx, counter{key, l.max})
 }
 
 // loginLimiter limits failed logins: on one account from one address, on one account from all
 // addresses, and on all accounts from one address. A max of 0 means no limit.
 type loginLimiter struct {
-	counters counters
-	max      int
+	window fixedWindow
+	max    int
 }
 
 // take counts an attempt to log in to the account of email, whether or not there is one. It is
@@ -110,7 +104,7 @@ func (l *loginLimiter) take(
 	if l.max == 0 {
 		return 0, nil
 	}
-	left, wait, err := l.counters.take(ctx, limit{addressKey(ip), accountFactor * l.max})
+	left, wait, err := l.window.take(ctx, counter{addressKey(ip), accountFactor * l.max})
 	if err != nil {
 		return 0, err
 	}
@@ -118,13 +112,13 @@ func (l *loginLimiter) take(
 		return wait, nil
 	}
 
-	left, wait, err = l.counters.take(ctx,
-		limit{pairKey(email, ip), l.max},
-		limit{accountKey(email), accountFactor * l.max})
+	left, wait, err = l.window.take(ctx,
+		counter{pairKey(email, ip), l.max},
+		counter{accountKey(email), accountFactor * l.max})
 	if err == nil && left >= 0 {
 		return 0, nil
 	}
-	return wait, errors.Join(err, l.counters.giveBack(ctx, refund{addressKey(ip), 1}))
+	return wait, errors.Join(err, l.window.giveBack(ctx, counter{addressKey(ip), 1}))
 }
 
 // giveBack takes back an attempt that was not judged.
@@ -149,10 +143,10 @@ func (l *loginLimiter) refund(
 	if l.max == 0 {
 		return nil
 	}
-	account := l.counters.giveBack(ctx,
-		refund{pairKey(email, ip), pairEvents},
-		refund{accountKey(email), 1})
-	address := l.counters.giveBack(ctx, refund{addressKey(ip), 1})
+	account := l.window.giveBack(ctx,
+		counter{pairKey(email, ip), pairEvents},
+		counter{accountKey(email), 1})
+	address := l.window.giveBack(ctx, counter{addressKey(ip), 1})
 	return errors.Join(account, address)
 }
 

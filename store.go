@@ -144,10 +144,7 @@ func (s *store) findUser(ctx context.Context, query, key string) (user, error) {
 	if errors.Is(err, pgx.ErrNoRows) {
 		return user{}, errNoUser
 	}
-	if err != nil {
-		return user{}, postgresError("find user", err)
-	}
-	return u, nil
+	return u, postgresError("find user", err)
 }
 
 func scanUser(row pgx.Row) (user, error) {
@@ -180,10 +177,7 @@ func (s *store) createUser(
 		g, err = s.startSession(ctx, u, sessionID, tokenID, from)
 		return err
 	})
-	if err != nil {
-		return user{}, grant{}, err
-	}
-	return u, g, nil
+	return u, g, err
 }
 
 // isEmailTaken reports whether err is a violation of one of the unique constraints on users.email.
@@ -216,10 +210,7 @@ func (s *store) openSession(
 		g, err = s.startSession(ctx, u, sessionID, tokenID, from)
 		return err
 	})
-	if err != nil {
-		return grant{}, err
-	}
-	return g, nil
+	return g, err
 }
 
 // lockHash returns the password hash of a user and keeps it from being replaced until tx ends.
@@ -370,9 +361,6 @@ func digest(hash string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// wholeSeconds is how Redis is told a lifetime.
-func wholeSeconds(d time.Duration) int64 { return int64(d / time.Second) }
-
 // startSession opens a session of u that is bound to u.PasswordHash.
 func (s *store) startSession(
 	ctx context.Context,
@@ -384,8 +372,8 @@ func (s *store) startSession(
 		sessionID,
 		tokenID,
 		digest(u.PasswordHash),
-		wholeSeconds(s.policy.RefreshTTL),
-		wholeSeconds(s.policy.SessionTTL),
+		s.policy.RefreshTTL.Seconds(),
+		s.policy.SessionTTL.Seconds(),
 		from.IP,
 		from.UserAgent,
 	).StringSlice()
@@ -411,10 +399,7 @@ func (s *store) refresh(ctx context.Context, x exchange) (user, grant, error) {
 	if errors.Is(err, errStale) {
 		g, err = s.refreshLocked(ctx, x)
 	}
-	if err != nil {
-		return user{}, grant{}, err
-	}
-	return u, g, nil
+	return u, g, err
 }
 
 // refreshLocked looks again at a session that is bound to another hash than the one just read. The
@@ -455,8 +440,8 @@ func (s *store) rotate(ctx context.Context, x exchange, hash string) (grant, err
 		x.SessionID,
 		x.Next,
 		digest(hash),
-		wholeSeconds(s.policy.RefreshTTL),
-		wholeSeconds(s.policy.SessionTTL),
+		s.policy.RefreshTTL.Seconds(),
+		s.policy.SessionTTL.Seconds(),
 		x.Device.IP,
 		x.Device.UserAgent,
 		x.Shown,
@@ -485,13 +470,10 @@ func parseGrant(sessionID string, reply []string) (grant, error) {
 	if len(reply) != 4 {
 		return grant{}, fmt.Errorf("session.lua: unexpected reply %q", reply)
 	}
-	issuedAt, err := strconv.ParseInt(reply[2], 10, 64)
-	if err != nil {
-		return grant{}, fmt.Errorf("session.lua: iat: %v", err)
-	}
-	expiresAt, err := strconv.ParseInt(reply[3], 10, 64)
-	if err != nil {
-		return grant{}, fmt.Errorf("session.lua: exp: %v", err)
+	issuedAt, iatErr := strconv.ParseInt(reply[2], 10, 64)
+	expiresAt, expErr := strconv.ParseInt(reply[3], 10, 64)
+	if err := errors.Join(iatErr, expErr); err != nil {
+		return grant{}, fmt.Errorf("session.lua: %v", err)
 	}
 	return grant{
 		SessionID: sessionID,
@@ -522,18 +504,15 @@ func (s *store) listSessions(ctx context.Context, userID string) ([]session, err
 	}
 	var sessions []session
 	for f := range slices.Chunk(fields, 5) {
-		created, err := parseMilliseconds(f[1])
-		if err != nil {
-			return nil, fmt.Errorf("session %s: created: %v", f[0], err)
-		}
-		used, err := parseMilliseconds(f[2])
-		if err != nil {
-			return nil, fmt.Errorf("session %s: used: %v", f[0], err)
+		created, createdErr := strconv.ParseInt(f[1], 10, 64)
+		used, usedErr := strconv.ParseInt(f[2], 10, 64)
+		if err := errors.Join(createdErr, usedErr); err != nil {
+			return nil, fmt.Errorf("session.lua: %v", err)
 		}
 		sessions = append(sessions, session{
 			ID:         f[0],
-			CreatedAt:  created,
-			LastUsedAt: used,
+			CreatedAt:  time.UnixMilli(created),
+			LastUsedAt: time.UnixMilli(used),
 			Device:     device{IP: f[3], UserAgent: f[4]},
 		})
 	}
@@ -541,11 +520,6 @@ func (s *store) listSessions(ctx context.Context, userID string) ([]session, err
 		return b.LastUsedAt.Compare(a.LastUsedAt)
 	})
 	return sessions, nil
-}
-
-func parseMilliseconds(text string) (time.Time, error) {
-	ms, err := strconv.ParseInt(text, 10, 64)
-	return time.UnixMilli(ms), err
 }
 
 // revoke ends one of the user's sessions. It returns errNoSession if there is no such session.
@@ -619,25 +593,7 @@ func parseMigrations(schema string) []migration {
 // migrate applies the steps of a schema that have not been applied, all of them or, on an error,
 // none. It returns all steps.
 func migrate(ctx context.Context, database *pgx.ConnConfig, schema string) ([]migration, error) {
-	var steps []migration
-	err := inMigration(ctx, database, func(ctx context.Context, tx pgx.Tx) error {
-		var err error
-		steps, err = compareMigrations(ctx, tx, schema)
-		if err != nil {
-			return err
-		}
-		for i := range steps {
-			if !steps[i].AppliedAt.IsZero() {
-				continue
-			}
-			if err := applyMigration(ctx, tx, steps[i]); err != nil {
-				return fmt.Errorf("migration %s %s: %v", steps[i].Version, steps[i].Name, err)
-			}
-			steps[i].AppliedAt = time.Now()
-		}
-		return tx.Commit(ctx)
-	})
-	return steps, err
+	return inMigration(ctx, database, schema, applyMigrations)
 }
 
 // migrationStatus returns the steps of a schema and changes nothing.
@@ -646,42 +602,47 @@ func migrationStatus(
 	database *pgx.ConnConfig,
 	schema string,
 ) ([]migration, error) {
-	var steps []migration
-	err := inMigration(ctx, database, func(ctx context.Context, tx pgx.Tx) error {
-		var err error
-		steps, err = compareMigrations(ctx, tx, schema)
-		return err
+	return inMigration(ctx, database, schema, func(context.Context, pgx.Tx, []migration) error {
+		return nil
 	})
-	return steps, err
 }
 
-// inMigration runs fn in a transaction of its own connection. What fn does not commit is undone.
-// One replica at a time gets here, the others wait.
+// inMigration compares a schema with what is on record, calls fn in the same transaction, and
+// returns the steps. What fn does not commit is undone. One replica at a time gets here, the others
+// wait.
 func inMigration(
 	ctx context.Context,
 	database *pgx.ConnConfig,
-	fn func(ctx context.Context, tx pgx.Tx) error,
-) error {
+	schema string,
+	fn func(ctx context.Context, tx pgx.Tx, steps []migration) error,
+) ([]migration, error) {
 	ctx, cancel := context.WithTimeout(ctx, migrationTimeout)
 	defer cancel()
 	conn, err := pgx.ConnectConfig(ctx, database)
 	if err != nil {
-		return fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
+		return nil, fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
 	if err := checkEncoding(ctx, conn); err != nil {
-		return err
+		return nil, err
 	}
 
 	tx, err := conn.Begin(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	const lock = 7236857230171 // any number that nobody else uses
 	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, lock); err != nil {
-		return err
+		return nil, err
 	}
-	return fn(ctx, tx)
+	steps, err := compareMigrations(ctx, tx, schema)
+	if err != nil {
+		return nil, err
+	}
+	if err := fn(ctx, tx, steps); err != nil {
+		return nil, err
+	}
+	return steps, nil
 }
 
 // checkEncoding refuses a database that cannot hold every email address.
@@ -748,25 +709,33 @@ func recordedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, e
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
 	recorded := map[string]migration{}
-	for rows.Next() {
-		var m migration
-		if err := rows.Scan(&m.Version, &m.Name, &m.Checksum, &m.AppliedAt); err != nil {
-			return nil, err
-		}
+	var m migration
+	columns := []any{&m.Version, &m.Name, &m.Checksum, &m.AppliedAt}
+	_, err = pgx.ForEachRow(rows, columns, func() error {
 		recorded[m.Version] = m
-	}
-	return recorded, rows.Err()
+		return nil
+	})
+	return recorded, err
 }
 
-// applyMigration runs a step and puts it on record.
-func applyMigration(ctx context.Context, tx pgx.Tx, step migration) error {
-	if _, err := tx.Exec(ctx, step.SQL); err != nil {
-		return err
+// applyMigrations runs the steps that are not on record, puts them on record, and commits.
+func applyMigrations(ctx context.Context, tx pgx.Tx, steps []migration) error {
+	for i := range steps {
+		step := &steps[i]
+		if !step.AppliedAt.IsZero() {
+			continue
+		}
+		if _, err := tx.Exec(ctx, step.SQL); err != nil {
+			return fmt.Errorf("migration %s %s: %v", step.Version, step.Name, err)
+		}
+		_, err := tx.Exec(ctx, `
+			INSERT INTO schema_migrations (version, name, checksum)
+			VALUES ($1, $2, $3)`, step.Version, step.Name, step.Checksum)
+		if err != nil {
+			return err
+		}
+		step.AppliedAt = time.Now()
 	}
-	_, err := tx.Exec(ctx, `
-		INSERT INTO schema_migrations (version, name, checksum)
-		VALUES ($1, $2, $3)`, step.Version, step.Name, step.Checksum)
-	return err
+	return tx.Commit(ctx)
 }

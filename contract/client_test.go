@@ -1,0 +1,370 @@
+package contract
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"io"
+	"maps"
+	mathrand "math/rand/v2"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A request is what a test sends: only what matters to it. Its methods return changed copies.
+type request struct {
+	method  string
+	path    string
+	body    []byte // nil: none
+	chunked bool   // the body's length is not declared
+	header  map[string]string
+}
+
+func get(path string) request  { return request{method: "GET", path: path} }
+func post(path string) request { return request{method: "POST", path: path} }
+func put(path string) request  { return request{method: "PUT", path: path} }
+func del(path string) request  { return request{method: "DELETE", path: path} }
+
+// to is a request of a route as the table of routes names it, with an id of no session.
+func to(route string) request {
+	method, path, _ := strings.Cut(route, " ")
+	return request{method: method, path: strings.Replace(path, "{id}", newUUID(), 1)}
+}
+
+func (r request) with(name, value string) request {
+	header := map[string]string{name: value}
+	for other, value := range r.header {
+		if other != name {
+			header[other] = value
+		}
+	}
+	r.header = header
+	return r
+}
+
+func (r request) bearer(token string) request { return r.with("Authorization", "Bearer "+token) }
+func (r request) cookie(token string) request { return r.with("Cookie", "refreshToken="+token) }
+func (r request) agent(name string) request   { return r.with("User-Agent", name) }
+func (r request) ip(ip string) request        { return r.with("X-Forwarded-For", ip) }
+func (r request) from(origin string) request  { return r.with("Origin", origin) }
+func (r request) id(id string) request        { return r.with("X-Request-Id", id) }
+
+func (r request) typed(contentType string) request { return r.with("Content-Type", contentType) }
+
+// preflight makes it what a browser asks before it sends a request of this method.
+func (r request) preflight(origin string) request {
+	asked := request{method: "OPTIONS", path: r.path}.from(origin)
+	return asked.with("Access-Control-Request-Method", r.method)
+}
+
+// text gives the request a body that goes as it is.
+func (r request) text(body string) request {
+	r.body = []byte(body)
+	return r.typed("application/json")
+}
+
+// json gives the request a body of JSON.
+func (r request) json(body any) request {
+	encoded, err := json.Marshal(body)
+	if err != nil {
+		panic(err)
+	}
+	return r.text(string(encoded))
+}
+
+func (r request) chunks() request {
+	r.chunked = true
+	return r
+}
+
+// send sends a request from an address of its own, unless it has one, and reads the answer to its
+// end. Whatever the test is about, the answer is held to what the contract says of all answers, and
+// to openapi.yaml. It does not end the test by itself, so goroutines may use it, too.
+func (s *server) send(r request) *answer {
+	s.Helper()
+	a := &answer{server: s, asked: r}
+	var body io.Reader
+	switch {
+	case r.chunked:
+		body = io.MultiReader(bytes.NewReader(r.body)) // net/http cannot see the length of this one
+	case r.body != nil:
+		body = bytes.NewReader(r.body)
+	}
+	req, err := http.NewRequestWithContext(s.Context(), r.method, s.URL+r.path, body)
+	if err != nil {
+		s.Errorf("%s: %v", a, err)
+		return a
+	}
+	req.Header.Set("X-Forwarded-For", newIP())
+	for name, value := range r.header {
+		req.Header.Set(name, value)
+	}
+	sent := time.Now()
+	a.Response, err = s.http.Do(req)
+	if err == nil {
+		defer a.Body.Close()
+		a.body, err = io.ReadAll(a.Body)
+	}
+	if err != nil {
+		s.Errorf("%s: %v", a, err)
+		a.Response = nil
+		return a
+	}
+	a.took = time.Since(sent)
+	json.Unmarshal(a.body, &a.json)
+	a.assertInvariants(req)
+	document.validate(a, req)
+	return a
+}
+
+// together calls send n times at once, and waits for all answers.
+func together(n int, send func(i int) *answer) []*answer {
+	answers := make([]*answer, n)
+	start := make(chan struct{})
+	var wait sync.WaitGroup
+	for i := range n {
+		wait.Go(func() {
+			<-start
+			answers[i] = send(i)
+		})
+	}
+	close(start)
+	wait.Wait()
+	return answers
+}
+
+// count is how many of the answers have a status.
+func count(answers []*answer, status int) (n int) {
+	for _, a := range answers {
+		if a.status() == status {
+			n++
+		}
+	}
+	return n
+}
+
+var addresses = func() *atomic.Uint32 {
+	n := new(atomic.Uint32)
+	n.Store(mathrand.Uint32()) // so that a second run does not meet the counters of the first
+	return n
+}()
+
+// newIP is an address that no other client of this run has, of the range set aside for benchmarks.
+func newIP() string {
+	n := addresses.Add(1)
+	return "198." + strconv.Itoa(18+int(n>>16&1)) + "." + strconv.Itoa(int(n>>8&255)) + "." +
+		strconv.Itoa(int(n&255))
+}
+
+// All emails and passwords that the tests make up have these in them, which no log may show.
+const (
+	emailMark    = "@promise.example"
+	passwordMark = "pass phrase "
+)
+
+func newEmail() string    { return "user-" + strings.ToLower(rand.Text()) + emailMark }
+func newPassword() string { return passwordMark + rand.Text() }
+
+type credentials struct {
+	Email    string `json:"email"`
+	Password string `json:"password"`
+}
+
+type passwordChange struct {
+	Current string `json:"currentPassword"`
+	New     string `json:"newPassword"`
+}
+
+type passwordOnly struct {
+	Password string `json:"password"`
+}
+
+// A client is a user at a device, with what that device holds of one session.
+type client struct {
+	s        *server
+	id       string // the user's
+	email    string
+	password string
+	ip       string
+	agent    string
+	access   string
+	refresh  string
+	last     *answer // the one that gave these tokens
+}
+
+// newUser is a user who has not signed up yet.
+func (s *server) newUser() *client {
+	return &client{s: s, email: newEmail(), password: newPassword(), ip: newIP(), agent: "an agent"}
+}
+
+// signup makes a user, who is logged in by it.
+func (s *server) signup() *client {
+	s.Helper()
+	c := s.newUser()
+	c.take(c.send(post("/auth/signup").json(credentials{c.email, c.password})).ok())
+	c.id = c.last.str("user", "id")
+	return c
+}
+
+// trySignup signs up, whatever comes of it.
+func (s *server) trySignup(email, password string) *answer {
+	s.Helper()
+	return s.send(post("/auth/signup").json(credentials{email, password}))
+}
+
+// tryLogin logs in, whatever comes of it.
+func (s *server) tryLogin(email, password, ip string) *answer {
+	s.Helper()
+	return s.send(post("/auth/login").json(credentials{email, password}).ip(ip))
+}
+
+// guess tries a wrong password for an account.
+func (s *server) guess(email, ip string) *answer {
+	s.Helper()
+	return s.tryLogin(email, newPassword(), ip)
+}
+
+// tryLogin logs in with what the client knows, and keeps nothing of the answer.
+func (c *client) tryLogin() *answer {
+	c.s.Helper()
+	return c.send(post("/auth/login").json(credentials{c.email, c.password}))
+}
+
+// login opens another session of the same user, at another device.
+func (c *client) login() *client {
+	c.s.Helper()
+	other := c.elsewhere()
+	other.access = ""
+	other.take(other.tryLogin().ok())
+	return other
+}
+
+// on is the same session as it is seen through another server.
+func (c *client) on(s *server) *client {
+	other := *c
+	other.s = s
+	return &other
+}
+
+// elsewhere is the same session at an address of its own.
+func (c *client) elsewhere() *client {
+	other := *c
+	other.ip = newIP()
+	return &other
+}
+
+// take keeps the tokens of an answer.
+func (c *client) take(a *answer) {
+	c.s.Helper()
+	c.access = a.str("accessToken")
+	c.refresh = a.refreshCookie().Value
+	c.last = a
+}
+
+// send sends a request with the access token, if there is one.
+func (c *client) send(r request) *answer {
+	c.s.Helper()
+	if _, given := r.header["Authorization"]; !given && c.access != "" {
+		r = r.bearer(c.access)
+	}
+	return c.s.send(r.ip(c.ip).agent(c.agent))
+}
+
+// show sends a refresh token, and keeps nothing of the answer.
+func (c *client) show(refresh string) *answer {
+	c.s.Helper()
+	return c.s.send(post("/auth/refresh").cookie(refresh).ip(c.ip).agent(c.agent))
+}
+
+// rotate exchanges the refresh token, which must succeed.
+func (c *client) rotate() *answer {
+	c.s.Helper()
+	c.take(c.show(c.refresh).ok())
+	return c.last
+}
+
+// me asks who an access token belongs to.
+func (c *client) me(access string) *answer {
+	c.s.Helper()
+	return c.send(get("/auth/me").bearer(access))
+}
+
+func (c *client) logout() *answer {
+	c.s.Helper()
+	return c.send(post("/auth/logout"))
+}
+
+func (c *client) revoke(sid string) *answer {
+	c.s.Helper()
+	return c.send(del("/auth/sessions/" + sid))
+}
+
+func (c *client) revokeAll() *answer {
+	c.s.Helper()
+	return c.send(del("/auth/sessions"))
+}
+
+func (c *client) changePassword(current, next string) *answer {
+	c.s.Helper()
+	return c.send(put("/auth/password").json(passwordChange{current, next}))
+}
+
+func (c *client) deleteAccount(password string) *answer {
+	c.s.Helper()
+	return c.send(del("/auth/me").json(passwordOnly{password}))
+}
+
+// sid is the session's id.
+func (c *client) sid() string {
+	c.s.Helper()
+	sid, _ := c.s.claims(c.access)["sid"].(string)
+	return sid
+}
+
+// A listed session is one of GET /auth/sessions.
+type listed struct {
+	ID         string
+	CreatedAt  string
+	LastUsedAt string
+	IP         string
+	UserAgent  string
+	Current    bool
+}
+
+func (c *client) sessions() (list []listed) {
+	c.s.Helper()
+	var body struct{ Sessions []listed }
+	a := c.send(get("/auth/sessions")).ok()
+	if err := json.Unmarshal(a.body, &body); err != nil {
+		c.s.Fatalf("%s: %s: %v", a, a.body, err)
+	}
+	return body.Sessions
+}
+
+// lives asserts that both tokens are good.
+func (c *client) lives() {
+	c.s.Helper()
+	c.me(c.access).ok()
+	c.rotate()
+}
+
+// gone asserts that the session is over, for both tokens, and that asking does not bring it back.
+func (c *client) gone() {
+	c.s.Helper()
+	c.send(get("/auth/sessions")).refused("session_revoked")
+	c.show(c.refresh).want(401).clearsCookie()
+	c.me(c.access).refused("session_revoked")
+}
+
+// fields is a copy of an object without some of its members.
+func fields(object map[string]any, without ...string) map[string]any {
+	rest := maps.Clone(object)
+	for _, name := range without {
+		delete(rest, name)
+	}
+	return rest
+}

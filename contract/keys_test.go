@@ -1,0 +1,319 @@
+package contract
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+func (c *client) sessionKey() string { return "session:{" + c.id + "}:" + c.sid() }
+func (c *client) indexKey() string   { return "user-sessions:{" + c.id + "}" }
+
+// blacklistKey is the key of a refresh token that was exchanged.
+func (c *client) blacklistKey(refresh string) string {
+	return "blacklist:{" + c.id + "}:" + c.s.claims(refresh).text("jti")
+}
+
+// lasts asserts a key's time to live, give or take what a slow machine does to it.
+func (s *server) lasts(key string, want time.Duration) {
+	s.Helper()
+	if got := s.ttl(key); got > want+time.Second || got < want-30*time.Second {
+		s.Errorf("%s lives for %v, want %v", key, got, want)
+	}
+}
+
+// accountKey is the key of the failed logins on the one account that an address has guessed at.
+func (s *server) accountKey(ip string) string {
+	s.Helper()
+	pair := s.keys("login-limit:[{]*[}]:" + ip)
+	if len(pair) != 1 {
+		s.Fatalf("the keys of pairs with %s are %q", ip, pair)
+	}
+	return strings.TrimSuffix(pair[0], ":"+ip)
+}
+
+func (s *server) seconds(name string) time.Duration {
+	n, err := strconv.Atoi(s.conf(name))
+	if err != nil {
+		panic(err)
+	}
+	return time.Duration(n) * time.Second
+}
+
+// needsRateLimit skips the test for a peer without one.
+func (s *server) needsRateLimit() {
+	if s.conf("RATE_LIMIT_MAX") == "0" {
+		s.Skip("needs a rate limit, but RATE_LIMIT_MAX is 0")
+	}
+}
+
+// keyForms are the contract's keys and the type of each, "" where it says nothing of the type.
+var keyForms = map[*regexp.Regexp]string{
+	regexp.MustCompile(`^session:\{[0-9a-f-]{36}\}:[0-9a-f-]{36}$`):      "hash",
+	regexp.MustCompile(`^user-sessions:\{[0-9a-f-]{36}\}$`):              "zset",
+	regexp.MustCompile(`^blacklist:\{[0-9a-f-]{36}\}:[0-9A-Za-z_-]+$`):   "string",
+	regexp.MustCompile(`^rate-limit:\{[0-9a-f.:/]+\}$`):                  "",
+	regexp.MustCompile(`^login-limit:\{[0-9A-Za-z_=-]{20,}\}$`):          "",
+	regexp.MustCompile(`^login-limit:\{[0-9A-Za-z_=-]+\}:[0-9a-f.:/]+$`): "",
+	regexp.MustCompile(`^login-limit:\{[0-9a-f:]*[.:][0-9a-f.:/]+\}$`):   "",
+}
+
+var keyPromises = []promise{
+	{"session:{<userId>}:<sid> lives as long as the refresh token, and holds nothing secret", stored,
+		holdsNothingSecret},
+	{"user-sessions:{<userId>} is the user's session ids by expiry, as long as the longest of them",
+		stored, func(s *server) {
+			c := s.signup()
+			other := c.login()
+			ids, err := s.stores.redis.ZRangeWithScores(s.Context(), c.indexKey(), 0, -1).Result()
+			if err != nil || len(ids) != 2 {
+				s.Fatalf("%s is %v (%v)", c.indexKey(), ids, err)
+			}
+			for _, x := range []*client{c, other} {
+				exp := float64(s.claims(x.refresh).number("exp"))
+				known := slices.ContainsFunc(ids, func(z redis.Z) bool {
+					// One second is for rounding; the score may be in milliseconds.
+					near := z.Score >= exp-1 && z.Score <= exp+1 || z.Score/1000 >= exp-1 && z.Score/1000 <= exp+1
+					return z.Member == x.sid() && near
+				})
+				if !known {
+					s.Errorf("%s is %v, without the session %s until %.0f", c.indexKey(), ids, x.sid(), exp)
+				}
+			}
+			s.stores.redis.Expire(s.Context(), c.indexKey(), time.Minute)
+			c.rotate() // which prolongs what has grown old
+			s.lasts(c.indexKey(), s.duration("REFRESH_TOKEN_TTL"))
+			c.revokeAll().ok()
+			if keys := s.keys("*{" + c.id + "}*"); slices.Contains(keys, c.indexKey()) {
+				s.Errorf("after all were revoked there are %q", keys)
+			}
+		}},
+	{"blacklist:{<userId>}:<jti> is there for an exchanged token, for REFRESH_REUSE_LEEWAY", stored,
+		func(s *server) {
+			c := s.signup()
+			exchanged := c.blacklistKey(c.refresh)
+			c.rotate()
+			ttl := s.ttl(exchanged)
+			if leeway := s.duration("REFRESH_REUSE_LEEWAY"); ttl > leeway || ttl < leeway/2 {
+				s.Errorf("%s lives for %v, want %v", exchanged, ttl, leeway)
+			}
+			if keys := s.keys("blacklist:{" + c.id + "}*"); !slices.Equal(keys, []string{exchanged}) {
+				s.Errorf("the keys are %q, want that of the exchanged token", keys)
+			}
+		}},
+	{"a revocation only deletes: it leaves nothing of the session, and no blacklist key", own,
+		func(s *server) {
+			s = s.start(shortLeeway)
+			for name, revoke := range revocations {
+				c := s.signup()
+				other := c.login()
+				c.rotate()
+				afterLeeway() // the exchanged token's own key is gone
+				before := s.keys("*{" + c.id + "}*")
+				revoke(c, other).ok()
+				after := s.keys("*{" + c.id + "}*")
+				for _, key := range after {
+					if !slices.Contains(before, key) || key == c.sessionKey() {
+						s.Errorf("%s: there is %s", name, key)
+					}
+				}
+			}
+		}},
+	{"a user has at most 100 sessions: one more ends the one that would expire first", own, atMost100},
+	{"a session's memory does not grow with its refreshes", own, func(s *server) {
+		s = s.start(shortLeeway.with(noRateLimit))
+		c := s.signup()
+		c.rotate()
+		size := func() (bytes int64) {
+			for _, key := range s.keys("*{" + c.id + "}*") {
+				n, err := s.stores.redis.MemoryUsage(s.Context(), key).Result()
+				if err != nil && err != redis.Nil { // it may have run out
+					s.Fatal(err)
+				}
+				bytes += n
+			}
+			return bytes
+		}
+		afterLeeway()
+		before := size()
+		for range 100 {
+			c.rotate()
+		}
+		afterLeeway()
+		if after := size(); after > before+16 { // a number more or less of a digit
+			s.Errorf("the user's keys took %d bytes after one refresh, %d after 101", before, after)
+		}
+	}},
+	{"rate-limit:{<ip>} lives for the window; an IPv6 address is its /64 there", stored,
+		func(s *server) {
+			s.needsRateLimit()
+			ip := newIP()
+			s.send(get("/auth/me").ip(ip))
+			s.lasts("rate-limit:{"+ip+"}", s.seconds("RATE_LIMIT_WINDOW"))
+			net := newIPv6Net()
+			s.send(get("/auth/me").ip(net + ":2:3:4:5"))
+			if keys := s.keys("rate-limit:[{]" + net + ":*"); len(keys) != 1 || strings.Contains(keys[0], ":3") {
+				s.Errorf("the counters of the /64 are %q", keys)
+			}
+		}},
+	{"login-limit:{<email hash>}, …:<ip> and login-limit:{<ip>} live for the window", stored,
+		func(s *server) {
+			c := s.newUser()
+			s.guess(c.email, c.ip).refused("invalid_credentials")
+			account := s.accountKey(c.ip)
+			for _, key := range []string{account, account + ":" + c.ip, "login-limit:{" + c.ip + "}"} {
+				s.lasts(key, s.seconds("LOGIN_LIMIT_WINDOW"))
+				if n, err := s.stores.redis.Get(s.Context(), key).Int(); n != 1 {
+					s.Errorf("%s counts %d (%v), want 1", key, n, err)
+				}
+				if local, _, _ := strings.Cut(c.email, "@"); strings.Contains(key, local) {
+					s.Errorf("%s has the email in it", key)
+				}
+			}
+		}},
+	{"a counter that has lost its TTL gets it back", stored, func(s *server) {
+		s.needsRateLimit()
+		c := s.newUser()
+		for range 2 {
+			s.guess(c.email, c.ip).refused("invalid_credentials")
+			counters := append(s.keys("*"+c.ip+"*"), s.accountKey(c.ip))
+			if len(counters) != 4 {
+				s.Errorf("the counters are %q", counters)
+			}
+			for _, key := range counters {
+				s.ttl(key)
+				s.stores.redis.Persist(s.Context(), key)
+			}
+		}
+		s.evict(append(s.keys("*"+c.ip+"*"), s.accountKey(c.ip))...)
+	}},
+	{"there are no other keys, and none without a TTL", own, noOtherKeys},
+}
+
+// newIPv6Net is the first half of an IPv6 address, which no other client has (RFC 4193).
+func newIPv6Net() string {
+	id := newUUID()
+	return fmt.Sprintf("fd%s:1%s:1%s:1%s", id[:2], id[2:5], id[9:12], id[15:18])
+}
+
+func holdsNothingSecret(s *server) {
+	c := s.signup()
+	s.lasts(c.sessionKey(), s.duration("REFRESH_TOKEN_TTL"))
+	hash := c.passwordHash()
+	for range 2 {
+		fields, err := s.stores.redis.HGetAll(s.Context(), c.sessionKey()).Result()
+		if err != nil {
+			s.Fatal(err)
+		}
+		held := fmt.Sprint(fields)
+		for _, there := range []string{s.claims(c.refresh).text("jti"), c.ip, c.agent} {
+			if !strings.Contains(held, there) {
+				s.Errorf("%s does not hold %s: %s", c.sessionKey(), there, held)
+			}
+		}
+		signature := strings.Split(c.refresh, ".")[2]
+		for _, secret := range []string{signature, hash, hash[7:], c.email, c.password} {
+			if strings.Contains(held, secret) {
+				s.Errorf("%s holds %s", c.sessionKey(), secret)
+			}
+		}
+		s.stores.redis.Expire(s.Context(), c.sessionKey(), time.Minute)
+		c.rotate() // which prolongs what has grown old
+		s.lasts(c.sessionKey(), s.duration("REFRESH_TOKEN_TTL"))
+	}
+	c.logout().ok()
+	if keys := s.keys(c.sessionKey()); len(keys) > 0 {
+		s.Error("the session is there after the logout")
+	}
+}
+
+func atMost100(s *server) {
+	brief := s.start(env{"REFRESH_TOKEN_TTL": "1h"})
+	c := s.start(env{"REFRESH_TOKEN_TTL": "2h"}).signup().on(s)
+	second := c.login()
+	shortest := c.on(brief).login() // logged in last, but it would expire first
+	for range 97 {
+		c.login()
+	}
+	shortest.me(shortest.access).ok()
+	hundredth := c.login()
+	shortest.gone()
+	c.me(c.access).ok()
+	if n := len(hundredth.sessions()); n != 100 {
+		s.Errorf("%d sessions, want 100", n)
+	}
+	late := c.on(brief).login() // itself the one that would expire first
+	late.me(late.access).ok()
+	c.gone()
+	second.me(second.access).ok()
+	if n := len(s.keys("session:{" + c.id + "}:*")); n != 100 {
+		s.Errorf("%d sessions are kept, want 100", n)
+	}
+	late.lives()
+}
+
+// emptyRedis is the URL of an empty database of the same Redis.
+func (s *server) emptyRedis() string {
+	options := *s.stores.redis.Options()
+	for options.DB = 15; options.DB > 0; options.DB-- {
+		db := redis.NewClient(&options)
+		n, err := db.DBSize(s.Context()).Result()
+		db.Close()
+		if err == nil && n == 0 {
+			base, query, _ := strings.Cut(s.stores.redisURL, "?")
+			scheme, rest, _ := strings.Cut(base, "://")
+			host, _, _ := strings.Cut(rest, "/")
+			return fmt.Sprintf("%s://%s/%d?%s", scheme, host, options.DB, query)
+		}
+	}
+	s.Skip("needs an empty database of this Redis, of the numbers 1 to 15")
+	return ""
+}
+
+func noOtherKeys(s *server) {
+	st := openStores(s.T, s.stores.databaseURL, strings.TrimSuffix(s.emptyRedis(), "?"))
+	s = s.startOn(st, env{"LOGIN_LIMIT_MAX": "1"})
+	left := s.signup() // and never asked again
+	left.rotate()
+	for _, revoke := range revocations {
+		c := s.signup()
+		other := c.login()
+		c.rotate()
+		revoke(c, other).ok()
+		c.show(c.refresh)
+	}
+	s.signup().sweep()
+	for _, ip := range []string{newIP(), newIPv6Net() + "::1"} {
+		email := newEmail()
+		s.guess(email, ip).refused("invalid_credentials")
+		s.guess(email, ip).refused("too_many_attempts")
+	}
+	met := map[string]int{}
+	all := s.keys("*")
+	for _, key := range all {
+		known := false
+		for form, kind := range keyForms {
+			if form.MatchString(key) {
+				known = true
+				met[form.String()]++
+				if got := s.stores.redis.Type(s.Context(), key).Val(); kind != "" && got != kind {
+					s.Errorf("%s is a %s, want a %s", key, got, kind)
+				}
+			}
+		}
+		if ttl, err := s.stores.redis.PTTL(s.Context(), key).Result(); !known || ttl == -1 {
+			s.Errorf("there is %s, with the TTL %v (%v)", key, ttl, err)
+		}
+	}
+	for form := range keyForms {
+		if met[form.String()] == 0 {
+			s.Errorf("no key is like %s", form)
+		}
+	}
+	s.evict(all...)
+}

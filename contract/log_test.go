@@ -1,0 +1,180 @@
+package contract
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+)
+
+// logLine is the one line of a request in a log of JSON lines.
+func (s *server) logLine(a *answer) map[string]any {
+	s.Helper()
+	id := a.Header.Get("X-Request-Id")
+	var found []map[string]any
+	s.eventually(5*time.Second, "a log line of "+a.String(), func() bool {
+		found = nil
+		for text := range strings.Lines(s.log.String()) {
+			line := map[string]any{}
+			if err := json.Unmarshal([]byte(text), &line); err != nil && strings.HasSuffix(text, "\n") {
+				s.Fatalf("the log line %q is no JSON: %v", text, err)
+			}
+			if line["requestId"] == id && line["status"] != nil {
+				found = append(found, line)
+			}
+		}
+		return len(found) > 0
+	})
+	if len(found) != 1 {
+		s.Errorf("%d lines of one request: %v", len(found), found)
+	}
+	return found[0]
+}
+
+// assertLogFreeOfSecrets searches for what no log may show. All tokens begin with eyJ, which is {" in
+// base64url; all emails and passwords that the tests make up have their mark.
+func (s *server) assertLogFreeOfSecrets(stderr string) {
+	s.Helper()
+	secrets := []string{"eyJ", "refreshToken", "$2a$", "$2b$", emailMark, passwordMark}
+	for name, value := range s.env {
+		if strings.HasPrefix(name, "JWT_") {
+			secrets = append(secrets, value)
+		}
+		if u, err := url.Parse(value); err == nil && u.User != nil {
+			password, _ := u.User.Password()
+			secrets = append(secrets, password)
+		}
+	}
+	log := s.log.String() + stderr
+	for _, secret := range secrets {
+		if secret != "" && strings.Contains(log, secret) {
+			before, _, _ := strings.Cut(log, secret)
+			s.Errorf("the log of %s shows %q, after …%s", s.URL, secret, tail(before, 1))
+		}
+	}
+}
+
+var logPromises = []promise{
+	{"one JSON line per request, with the session where it is known and the code of an error", own,
+		logsRequests},
+	{"never a password, a token, a cookie, a secret or an email address", own, func(s *server) {
+		// Every server's log is searched at its end; here is what has the best chance to be in it.
+		s = s.start(production.with(env{"LOG_LEVEL": "debug"}))
+		c := s.signup()
+		c.send(get("/auth/me?token=" + c.access))
+		c.send(post("/auth/login").text(c.loginText("") + "x")).refused("invalid_json")
+		s.trySignup(c.email, c.password).refused("email_exists")
+		s.send(post("/auth/refresh").with("Cookie", "refreshToken="+c.refresh+"x")).refused("invalid_token")
+		c.sweep(func(r request) request { return evil(r) })
+		if lines := strings.Count(s.log.String(), "\n"); lines < 10 {
+			s.Errorf("the log has only %d lines", lines)
+		}
+	}},
+	{"theft of a refresh token is a line at level WARN, with the user and the session", own,
+		func(s *server) {
+			s = s.start(production.with(shortLeeway))
+			c := s.signup()
+			old := c.refresh
+			c.rotate()
+			raced := c.show(old)
+			afterLeeway()
+			theft := c.show(old).refused("refresh_reused").clearsCookie()
+			if line := s.logLine(raced); line["level"] != "INFO" {
+				s.Errorf("a lost race is logged as %v", line)
+			}
+			line := s.logLine(theft)
+			warned := false
+			for text := range strings.Lines(s.log.String()) {
+				warned = warned || strings.Contains(text, `"level":"WARN"`) && strings.Contains(text, c.id) &&
+					strings.Contains(text, c.sid()) && strings.Contains(text, fmt.Sprint(line["requestId"]))
+			}
+			if !warned {
+				s.Errorf("there is no warning of the theft; its request is logged as %v", line)
+			}
+		}},
+	{"path and method are cut to 256 bytes, also on a 429", own, func(s *server) {
+		s = s.start(production.with(env{"RATE_LIMIT_MAX": "1"}))
+		ip := newIP()
+		long := request{method: strings.Repeat("M", 900), path: "/" + strings.Repeat("é", 900)}
+		long.path = (&url.URL{Path: long.path}).EscapedPath()
+		for _, code := range []string{"not_found", "rate_limited"} {
+			line := s.logLine(s.send(long.ip(ip)).refused(code))
+			method, path := fmt.Sprint(line["method"]), fmt.Sprint(line["path"])
+			if len(method) > 256 || len(path) > 256 || len(method) < 200 || len(path) < 200 ||
+				strings.Contains(path, "\ufffd") || line["code"] != code {
+				s.Errorf("%s is logged with %d bytes of method, %d of path: %.300v",
+					code, len(method), len(path), line)
+			}
+		}
+		if n := len(s.log.String()); n > 4096 {
+			s.Errorf("the log has %d bytes after two requests", n)
+		}
+	}},
+	{"a 429 is logged under its route, although it never got there", own, func(s *server) {
+		s = s.start(production.with(env{"RATE_LIMIT_MAX": "1"}))
+		ip := newIP()
+		s.send(get("/auth/me").ip(ip))
+		line := s.logLine(s.send(get("/auth/me").ip(ip)).refused("rate_limited"))
+		if line["route"] != "GET /auth/me" || line["ip"] != ip {
+			s.Errorf("it is logged as %v", line)
+		}
+	}},
+	{"no user can write a line of the log", own, func(s *server) {
+		s = s.start(production)
+		forged := get("/nowhere/%0a%7B%22level%22:%22FORGED%22%7D").agent(`{"level":"FORGED"}`)
+		s.logLine(s.send(forged).refused("not_found"))
+		for line := range strings.Lines(s.log.String()) {
+			entry := struct{ Level string }{}
+			if err := json.Unmarshal([]byte(line), &entry); err != nil || entry.Level == "FORGED" {
+				s.Errorf("a line of the log is %s (%v)", line, err)
+			}
+		}
+	}},
+}
+
+func logsRequests(s *server) {
+	s = s.start(production)
+	c := s.signup()
+	refresh := post("/auth/refresh").cookie(c.refresh)
+	login := post("/auth/login")
+	for _, x := range []struct {
+		r      request
+		route  string
+		status int
+		code   any
+		user   bool // known, with the session
+	}{
+		{get("/auth/me?token=x").bearer(c.access), "GET /auth/me", 200, nil, true},
+		{del("/auth/sessions/x").bearer(c.access), "DELETE /auth/sessions/{id}", 404,
+			"session_not_found", true},
+		{refresh, "POST /auth/refresh", 200, nil, true},
+		{refresh, "POST /auth/refresh", 401, "refresh_reused", true},
+		{login.text(c.loginText("")), "POST /auth/login", 200, nil, true},
+		{login.text("{"), "POST /auth/login", 400, "invalid_json", false},
+		{login.json(credentials{newEmail(), "x"}), "POST /auth/login", 401, "invalid_credentials", false},
+		{get("/auth/me"), "GET /auth/me", 401, "missing_token", false},
+		{get("/nowhere"), "", 404, "not_found", false},
+		{get("/healthz"), "GET /healthz", 200, nil, false},
+	} {
+		x.r = x.r.ip(newIP())
+		a := s.send(x.r).want(x.status)
+		line := s.logLine(a)
+		path, _, _ := strings.Cut(x.r.path, "?")
+		route, _ := line["route"].(string) // or there is none
+		sid, _ := line["sessionId"].(string)
+		if line["method"] != x.r.method || line["path"] != path || route != x.route ||
+			line["status"] != float64(x.status) || line["ip"] != x.r.header["X-Forwarded-For"] ||
+			line["code"] != x.code || line["level"] != "INFO" || line["msg"] == "" ||
+			(line["userId"] == c.id) != x.user || uuidForm.MatchString(sid) != x.user {
+			s.Errorf("%s, %d %v is logged as %v", a, x.status, x.code, line)
+		}
+		if x.r.path != "/auth/login" && x.user && sid != c.sid() {
+			s.Errorf("%s: sessionId is %q, want %q", a, sid, c.sid())
+		}
+		if ms, ok := line["durationMs"].(float64); !ok || ms <= 0 || ms > 60_000 {
+			s.Errorf("%s: durationMs is %v", a, line["durationMs"])
+		}
+		s.isNow(fmt.Sprint(line["time"]))
+	}
+}

@@ -1,0 +1,151 @@
+package contract
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+	"github.com/getkin/kin-openapi/routers/gorillamux"
+)
+
+// document is openapi.yaml, and what of it the tests have reached.
+var document = loadDocument("../openapi.yaml")
+
+type openAPI struct {
+	*openapi3.T
+	err       error
+	router    routers.Router
+	elsewhere *openapi3.Operation // what it says of the requests that no operation can list
+	reached   sync.Map            // "POST /auth/login 401" to true
+}
+
+func loadDocument(file string) *openAPI {
+	d := &openAPI{}
+	if d.T, d.err = openapi3.NewLoader().LoadFromFile(file); d.err != nil {
+		return d
+	}
+	if d.err = d.Validate(context.Background()); d.err != nil {
+		return d
+	}
+	d.Servers = nil // the tests' servers are at other addresses
+	response := func(status int, component string) openapi3.NewResponsesOption {
+		return openapi3.WithStatus(status, d.Components.Responses[component])
+	}
+	d.elsewhere = &openapi3.Operation{Responses: openapi3.NewResponses(
+		response(204, "Preflight"),
+		response(404, "NotFound"),
+		response(405, "MethodNotAllowed"),
+		response(429, "RateLimited"),
+		response(500, "Internal"),
+		response(503, "Unavailable"),
+	)}
+	d.router, d.err = gorillamux.NewRouter(d.T)
+	return d
+}
+
+// validate holds an answer to the document, and the request as well if it was answered with success:
+// the tests send many that are deliberately wrong.
+func (d *openAPI) validate(a *answer, req *http.Request) {
+	s := a.server
+	s.Helper()
+	if d.err != nil {
+		s.Errorf("openapi.yaml: %v", d.err)
+		return
+	}
+	ctx := context.Background()
+	copied := req.Clone(ctx)
+	copied.Body = io.NopCloser(bytes.NewReader(a.asked.body))
+	route, params, err := d.router.FindRoute(copied)
+	place := "elsewhere"
+	switch {
+	case err == nil:
+		place = route.Method + " " + route.Path
+	case !errors.Is(err, routers.ErrPathNotFound) && !errors.Is(err, routers.ErrMethodNotAllowed):
+		s.Errorf("%s: openapi.yaml: %v", a, err)
+		return
+	case req.Method == http.MethodHead:
+		return // it goes where GET goes, without the body that could be validated
+	default:
+		route = &routers.Route{Spec: d.T, Operation: d.elsewhere}
+	}
+	input := &openapi3filter.RequestValidationInput{
+		Request:    copied,
+		PathParams: params,
+		Route:      route,
+		Options: &openapi3filter.Options{
+			IncludeResponseStatus: true,
+			MultiError:            true,
+			AuthenticationFunc:    openapi3filter.NoopAuthenticationFunc,
+		},
+	}
+	if a.StatusCode < 400 && place != "elsewhere" {
+		if err := openapi3filter.ValidateRequest(ctx, input); err != nil {
+			s.Errorf("%s: %d for what is no request of openapi.yaml: %v", a, a.StatusCode, err)
+		}
+	}
+	err = openapi3filter.ValidateResponse(ctx, &openapi3filter.ResponseValidationInput{
+		RequestValidationInput: input,
+		Status:                 a.StatusCode,
+		Header:                 a.Header,
+		Body:                   io.NopCloser(bytes.NewReader(a.body)),
+		Options:                input.Options,
+	})
+	if err != nil {
+		s.Errorf("%s: the answer %d is none of openapi.yaml: %v", a, a.StatusCode, err)
+	}
+	d.reached.Store(place+" "+strconv.Itoa(a.StatusCode), true)
+}
+
+// TestOpenAPI comes after TestContract, in the order of the files: it asks what of the document that
+// suite has reached.
+func TestOpenAPI(t *testing.T) {
+	if document.err != nil {
+		t.Fatal(document.err)
+	}
+	if !document.IsOpenAPI31OrLater() {
+		t.Error("the document is not OpenAPI 3.1")
+	}
+	described := map[string]*openapi3.Operation{"elsewhere": document.elsewhere}
+	for path, item := range document.Paths.Map() {
+		for method, operation := range item.Operations() {
+			described[method+" "+path] = operation
+		}
+	}
+	t.Run("describes the contract's routes and no others", func(t *testing.T) {
+		for route := range described {
+			if _, known := routes[route]; !known && route != "elsewhere" {
+				t.Errorf("%s is no route of the contract", route)
+			}
+		}
+		for route := range routes {
+			if described[route] == nil {
+				t.Errorf("%s is not described", route)
+			}
+		}
+	})
+	t.Run("every route and status was reached by the suite", func(t *testing.T) {
+		if !testedWhole.Load() {
+			t.Skip("TestContract did not run as a whole")
+		}
+		for _, route := range slices.Sorted(maps.Keys(described)) {
+			for status := range described[route].Responses.Map() {
+				if status == "503" { // of outages, which the root module tests
+					continue
+				}
+				if _, ok := document.reached.Load(route + " " + status); !ok {
+					t.Errorf("never reached: %s %s", route, status)
+				}
+			}
+		}
+	})
+}

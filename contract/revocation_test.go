@@ -1,0 +1,401 @@
+package contract
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+)
+
+// revocations are all that ends a client's session; other is another session of the user.
+var revocations = map[string]func(c, other *client) *answer{
+	"logged out": func(c, _ *client) *answer { return c.logout() },
+	"logged out by the cookie": func(c, _ *client) *answer {
+		return c.s.send(post("/auth/logout").cookie(c.refresh))
+	},
+	"revoked by id":  func(c, other *client) *answer { return other.revoke(c.sid()) },
+	"revoked by all": func(_, other *client) *answer { return other.revokeAll() },
+	"ended by a change of the password": func(_, other *client) *answer {
+		return other.changePassword(other.password, newPassword())
+	},
+	"ended by the account's deletion": func(_, other *client) *answer {
+		return other.deleteAccount(other.password)
+	},
+}
+
+var revocationPromises = []promise{
+	{"a refresh in flight while its session is revoked, in whatever way, never brings it back", own,
+		refreshAgainstRevocation},
+	{"a refresh in flight while its own session changes the password goes on", own,
+		func(s *server) {
+			servers := []*server{s, s.start(nil)}
+			for range rounds {
+				c := s.signup()
+				answers := together(4, func(i int) *answer {
+					if i == 0 {
+						return c.on(servers[1]).changePassword(c.password, newPassword())
+					}
+					return c.elsewhere().on(servers[i%2]).show(c.refresh)
+				})
+				answers[0].ok()
+				c.takeTheOne(answers[1:])
+				c.lives()
+				c.on(servers[1]).lives()
+			}
+		}},
+	{"a login in flight while its password is changed or its account deleted leaves no session", own,
+		loginAgainstChange},
+	{"of two simultaneous changes of the password one is made", own, twoChanges},
+	{"a session ends at its next refresh when the password hash was changed by other means", stored,
+		func(s *server) {
+			c := s.signup()
+			other := c.login()
+			c.password = newPassword()
+			s.exec("UPDATE users SET password_hash = $1 WHERE id = $2", bcryptHash(c.password, 4), c.id)
+			for _, x := range []*client{c, other} {
+				x.show(x.refresh).refused("session_revoked")
+				x.gone()
+			}
+			c.login().lives()
+		}},
+	{"a refresh token whose user is gone is session_revoked", stored, func(s *server) {
+		c := s.signup()
+		s.exec("DELETE FROM users WHERE id = $1", c.id)
+		c.show(c.refresh).refused("session_revoked")
+		c.gone()
+	}},
+	{"a rehash at login (another cost) carries every session of the user along", own,
+		func(s *server) {
+			dear := s.start(env{"BCRYPT_COST": "5"})
+			c := s.signup()
+			other := c.login()
+			for _, x := range []struct {
+				at   *server
+				cost int
+			}{{dear, 5}, {s, 4}} {
+				third := c.on(x.at).login()
+				if cost, err := bcrypt.Cost([]byte(c.passwordHash())); cost != x.cost {
+					s.Errorf("the cost after the login is %d (%v), want %d", cost, err, x.cost)
+				}
+				for _, living := range []*client{c, other, third} {
+					living.lives()
+				}
+			}
+			s.guess(c.email, newIP()).refused("invalid_credentials")
+		}},
+	{"a rehash revives no session of an older password", own, func(s *server) {
+		dear := s.start(env{"BCRYPT_COST": "5"})
+		c := s.signup()
+		owner := c.on(dear)
+		owner.password = newPassword()
+		s.exec("UPDATE users SET password_hash = $1 WHERE id = $2", bcryptHash(owner.password, 4), c.id)
+		owner = owner.login()
+		c.show(c.refresh).refused("session_revoked")
+		owner.lives()
+	}},
+	{"rehashes by replicas of different costs end no session that logs in or refreshes meanwhile", own,
+		refreshAgainstRehash},
+	{"a token never exchanged whose session was logged out or revoked is session_revoked", aURL,
+		func(s *server) {
+			c := s.signup()
+			revoked, loggedOut := c.login(), c.login()
+			c.revoke(revoked.sid()).ok()
+			loggedOut.logout().ok()
+			for _, x := range []*client{revoked, loggedOut} {
+				x.show(x.refresh).refused("session_revoked")
+				x.me(x.access).refused("session_revoked")
+			}
+		}},
+	{"logout: a valid Bearer token decides; the cookie counts only beside a missing or expired one",
+		secrets, logouts},
+	{"logout: a genuine cookie ends its session even if it was exchanged before", aURL,
+		func(s *server) {
+			c := s.signup()
+			old := c.refresh
+			c.rotate()
+			s.send(post("/auth/logout").cookie(old)).ok()
+			c.gone()
+		}},
+	{"logout: twice is session_revoked, and clears the cookie again", aURL, func(s *server) {
+		c := s.signup()
+		c.logout().ok()
+		c.logout().refused("session_revoked").clearsCookie()
+		s.send(post("/auth/logout").cookie(c.refresh)).refused("session_revoked").clearsCookie()
+	}},
+	{"logout: one that fails leaves the cookie where it is", stored, func(s *server) {
+		c := s.signup()
+		s.evict(c.indexKey())
+		if err := s.stores.redis.Set(s.Context(), c.indexKey(), "none", time.Minute).Err(); err != nil {
+			s.Fatal(err)
+		}
+		c.logout().refused("internal").keepsCookie()
+	}},
+	{"revocation holds on every replica at once", own, func(s *server) {
+		replica := s.start(nil)
+		for name, revoke := range revocations {
+			c := s.signup()
+			other := c.login()
+			c.on(replica).me(c.access).ok()
+			revoke(c, other).ok()
+			if a := c.on(replica).me(c.access); a.code() != "session_revoked" {
+				s.Errorf("%s: %d %s", name, a.status(), a.body)
+			}
+			c.on(replica).gone()
+		}
+	}},
+	{"if Redis loses its data, sessions end, users log in again, and no dead token comes back to life",
+		stored, func(s *server) {
+			c := s.signup()
+			dead := c.refresh
+			c.rotate()
+			s.evict(s.keys("*{" + c.id + "}*")...)
+			c.me(c.access).refused("session_revoked")
+			c.show(c.refresh).refused("session_revoked")
+			again := c.login()
+			c.show(dead).want(401)
+			c.gone()
+			again.lives()
+		}},
+	{"an index that cannot be written uses up no refresh token", stored, func(s *server) {
+		c := s.signup()
+		s.evict(c.indexKey())
+		if err := s.stores.redis.Set(s.Context(), c.indexKey(), "none", time.Minute).Err(); err != nil {
+			s.Fatal(err)
+		}
+		c.show(c.refresh).refused("internal").keepsCookie()
+		s.evict(c.indexKey())
+		c.rotate() // and the index is whole again
+		c.login().revokeAll().ok()
+		c.gone()
+	}},
+	{"a refresh reads the user: its access token has the email of PostgreSQL", stored,
+		func(s *server) {
+			c := s.signup()
+			email := newEmail()
+			s.exec("UPDATE users SET email = $1 WHERE id = $2", email, c.id)
+			c.rotate()
+			if got := s.claims(c.access).text("email"); got != email {
+				s.Errorf("email %s, want %s", got, email)
+			}
+		}},
+	{"a session that has run out is not listed", own, func(s *server) {
+		s = s.start(env{"REFRESH_TOKEN_TTL": "1s"})
+		c := s.signup()
+		lasting := c.on(s.start(nil)).login()
+		if n := len(lasting.sessions()); n != 2 {
+			s.Errorf("%d sessions are listed, want 2", n)
+		}
+		s.eventually(5*time.Second, "the session is listed no more", func() bool {
+			return len(lasting.sessions()) == 1
+		})
+		c.me(c.access).refused("session_revoked")
+	}},
+	{"a session lives at most SESSION_MAX_TTL, however often it is refreshed", own, livesAtMost},
+	{"a longer REFRESH_TOKEN_TTL is capped by SESSION_MAX_TTL", own, func(s *server) {
+		c := s.start(env{"SESSION_MAX_TTL": "1h", "REFRESH_TOKEN_TTL": "2h"}).signup()
+		for range 2 {
+			got := s.claims(c.refresh)
+			if life := got.number("exp") - got.number("iat"); life > 3600 || life < 3590 {
+				s.Errorf("the refresh token lives %d s, want 3600", life)
+			}
+			c.rotate()
+		}
+	}},
+}
+
+func bcryptHash(password string, cost int) string {
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), cost)
+	if err != nil {
+		panic(err)
+	}
+	return string(hash)
+}
+
+func refreshAgainstRevocation(s *server) {
+	servers := []*server{s, s.start(nil)}
+	for name, revoke := range revocations {
+		won := 0
+		for range rounds {
+			c := s.signup()
+			other := c.login()
+			answers := together(4, func(i int) *answer {
+				if i == 0 {
+					return revoke(c, other.on(servers[1]))
+				}
+				return c.elsewhere().on(servers[i%2]).show(c.refresh)
+			})
+			answers[0].ok()
+			c.gone()
+			for _, a := range answers[1:] {
+				if a.status() == 200 {
+					won++
+					c.take(a)
+					c.on(servers[1]).gone()
+				} else if a.code() != "session_revoked" {
+					a.refused("refresh_reused")
+				}
+			}
+		}
+		s.Logf("%s: the refresh came first in %d of %d rounds", name, won, rounds)
+	}
+}
+
+func loginAgainstChange(s *server) {
+	servers := []*server{s, s.start(nil)}
+	for _, name := range []string{"ended by a change of the password", "ended by the account's deletion"} {
+		won := 0
+		for range rounds {
+			c := s.signup()
+			answers := together(5, func(i int) *answer {
+				if i == 0 {
+					return revocations[name](nil, c)
+				}
+				return c.elsewhere().on(servers[i%2]).tryLogin()
+			})
+			answers[0].ok()
+			for _, a := range answers[1:] {
+				if a.status() != 200 {
+					a.refused("invalid_credentials")
+					continue
+				}
+				won++
+				late := c.elsewhere()
+				late.take(a)
+				late.gone()
+			}
+		}
+		s.Logf("%s: a login came first %d times in %d rounds", name, won, rounds)
+	}
+}
+
+func twoChanges(s *server) {
+	for range rounds {
+		c := s.signup()
+		both := []*client{c, c.login()}
+		next := []string{newPassword(), newPassword()}
+		answers := together(2, func(i int) *answer { return both[i].changePassword(c.password, next[i]) })
+		if n := count(answers, 200); n != 1 {
+			s.Fatalf("%d of two changes were made", n)
+		}
+		won := 0
+		if answers[1].status() == 200 {
+			won = 1
+		}
+		if a := answers[1-won]; a.code() != "session_revoked" {
+			a.refused("invalid_credentials")
+		}
+		both[won].lives()
+		both[1-won].gone()
+		s.tryLogin(c.email, next[won], newIP()).ok()
+		s.tryLogin(c.email, next[1-won], newIP()).refused("invalid_credentials")
+	}
+}
+
+func refreshAgainstRehash(s *server) {
+	servers := []*server{s, s.start(env{"BCRYPT_COST": "5"})}
+	for range rounds {
+		c := s.signup()
+		living := []*client{c, c.login()}
+		answers := together(6, func(i int) *answer {
+			if i < 2 {
+				return living[i].show(living[i].refresh)
+			}
+			return c.elsewhere().on(servers[i%2]).tryLogin()
+		})
+		for i, a := range answers {
+			if i >= 2 {
+				living = append(living, c.elsewhere())
+			}
+			living[i].take(a.ok())
+		}
+		for _, x := range living {
+			x.lives()
+		}
+	}
+}
+
+func logouts(s *server) {
+	replica := s
+	if s.lab != nil {
+		replica = s.start(nil)
+	}
+	const good, dead, bad, none, others, swapped = "good", "expired", "nonsense", "", "another's", "swapped"
+	for _, x := range []struct {
+		bearer string
+		cookie string
+		code   string
+		ends   string // whose session
+	}{
+		{good, good, "", "own"},
+		{good, none, "", "own"},
+		{good, others, "", "own"},
+		{good, bad, "", "own"},
+		{none, good, "", "own"},
+		{dead, good, "", "own"},
+		{dead, others, "", "other's"},
+		{bad, good, "invalid_token", ""},
+		{swapped, good, "invalid_token", ""},
+		{dead, none, "token_expired", ""},
+		{none, dead, "token_expired", ""},
+		{dead, dead, "token_expired", ""},
+		{none, bad, "invalid_token", ""},
+		{none, swapped, "invalid_token", ""},
+		{none, none, "missing_token", ""},
+	} {
+		c := s.signup()
+		other := c.login()
+		bearer := map[string]string{
+			good: c.access, dead: c.accessWith(expired()), bad: bad, swapped: c.refresh,
+		}[x.bearer]
+		cookie := map[string]string{
+			good: c.refresh, dead: c.refreshWith(expired()), bad: bad, swapped: c.access,
+			others: other.refresh,
+		}[x.cookie]
+		r := post("/auth/logout")
+		if bearer != "" {
+			r = r.bearer(bearer)
+		}
+		if cookie != "" {
+			r = r.cookie(cookie)
+		}
+		name := fmt.Sprintf("Bearer %s, cookie %s", x.bearer, x.cookie)
+		s.send(r).shouldBe(x.code, name).clearsCookie()
+		for owner, session := range map[string]*client{"own": c, "other's": other} {
+			if a := session.on(replica).me(session.access); (a.status() != 200) != (owner == x.ends) {
+				s.Errorf("%s: the %s session: %d %s", name, owner, a.status(), a.body)
+			}
+		}
+	}
+	c := s.signup() // another scheme is no Bearer
+	s.send(post("/auth/logout").cookie(c.refresh).with("Authorization", "Basic eDp5")).ok()
+	c.gone()
+}
+
+func livesAtMost(s *server) {
+	s = s.start(env{"SESSION_MAX_TTL": "3s", "REFRESH_TOKEN_TTL": "2s"})
+	c := s.signup()
+	end := s.claims(c.refresh).number("iat") + 3
+	s.eventually(10*time.Second, "the session ends", func() bool {
+		a := c.elsewhere().show(c.refresh)
+		if a.status() != 200 {
+			if !strings.Contains("session_revoked token_expired", a.code()) {
+				s.Errorf("it ends with %s", a.body)
+			}
+			return true
+		}
+		c.take(a)
+		// One second is for the rounding of two clocks.
+		if exp := s.claims(c.refresh).number("exp"); exp > end+1 {
+			s.Fatalf("a refresh token passes the session's end by %d s", exp-end)
+		}
+		return false
+	})
+	if now := time.Now().Unix(); now < end-1 || now > end+3 {
+		s.Errorf("the session ended %d s after its end", now-end)
+	}
+	s.eventually(5*time.Second, "its access token is dead", func() bool {
+		return c.elsewhere().me(c.access).code() == "session_revoked"
+	})
+	c.login().lives()
+}

@@ -1,0 +1,203 @@
+package contract
+
+import (
+	"time"
+)
+
+// rounds is how often a race is run: enough to meet a window of a few instructions.
+const rounds = 12
+
+var resend = env{"REFRESH_REUSE_POLICY": "resend"}
+
+// raced asserts what two tabs of one browser get that refresh at once: the later one's 401, and no
+// cookie header.
+func (a *answer) raced() {
+	a.server.Helper()
+	a.refused("refresh_reused").keepsCookie()
+}
+
+// isTheft asserts that a refresh token counted as stolen: the whole session is over.
+func (a *answer) isTheft(c *client) {
+	a.server.Helper()
+	a.refused("refresh_reused").clearsCookie()
+	c.gone()
+}
+
+// takeTheOne asserts that one of simultaneous refreshes has won and the others got what is due to
+// them, and takes the winner's tokens.
+func (c *client) takeTheOne(answers []*answer) {
+	c.s.Helper()
+	if n := count(answers, 200); n != 1 {
+		c.s.Fatalf("%d of %d simultaneous refreshes got 200", n, len(answers))
+	}
+	for _, a := range answers {
+		if a.status() == 200 {
+			c.take(a)
+		} else {
+			a.raced()
+		}
+	}
+}
+
+var rotationPromises = []promise{
+	{"of any number of simultaneous refreshes exactly one is 200, the others are refresh_reused", aURL,
+		func(s *server) {
+			c := s.signup()
+			for range 2 * rounds {
+				c.takeTheOne(together(8, func(int) *answer { return c.elsewhere().show(c.refresh) }))
+			}
+			c.lives()
+		}},
+	{"exactly one across two servers, too", own, func(s *server) {
+		c := s.signup()
+		servers := []*server{s, s.start(nil)}
+		for range 2 * rounds {
+			c.takeTheOne(together(8, func(i int) *answer {
+				return c.elsewhere().on(servers[i%2]).show(c.refresh)
+			}))
+		}
+		c.lives()
+	}},
+	{"a token shown again within the leeway gets only that 401, and so does an older one", aURL,
+		func(s *server) {
+			c := s.signup()
+			oldest := c.refresh
+			c.rotate()
+			old := c.refresh
+			c.rotate()
+			for range 3 {
+				c.show(old).raced()
+				c.show(oldest).raced()
+			}
+			c.lives()
+		}},
+	{"a token shown again later is theft: the 401 revokes the whole session and clears the cookie",
+		own, func(s *server) {
+			s = s.start(shortLeeway)
+			c := s.signup()
+			other := c.login()
+			old := c.refresh
+			c.rotate()
+			afterLeeway()
+			c.show(old).isTheft(c)
+			other.lives() // the user's other session has nothing to do with it
+			if n := len(other.sessions()); n != 1 {
+				s.Errorf("%d sessions are listed, want 1", n)
+			}
+		}},
+	{"the leeway counts from the token's own exchange", own, func(s *server) {
+		s = s.start(shortLeeway)
+		c := s.signup()
+		old := c.refresh
+		c.rotate()
+		afterLeeway()
+		c.rotate() // which does not forgive what is older
+		c.show(old).isTheft(c)
+	}},
+	{"any other 401 of refresh clears the cookie, too", aURL, func(s *server) {
+		c := s.signup()
+		s.send(post("/auth/refresh")).refused("missing_token").clearsCookie()
+		c.show("nonsense").refused("invalid_token").clearsCookie()
+		c.revoke(c.sid()).ok()
+		c.show(c.refresh).refused("session_revoked").clearsCookie()
+	}},
+	{"a living session's token that was never exchanged and is not its current one is theft", secrets,
+		func(s *server) {
+			c := s.signup()
+			c.show(c.refreshWith(claims{"jti": newUUID()})).isTheft(c)
+		}},
+	{"without its blacklist key the token exchanged last is known to the session", stored,
+		func(s *server) {
+			c := s.signup()
+			old := c.refresh
+			c.rotate()
+			s.evict(c.blacklistKey(old))
+			c.show(old).raced()
+			c.lives()
+		}},
+	{"without its blacklist key anything older is theft", stored, func(s *server) {
+		c := s.signup()
+		old := c.refresh
+		c.rotate()
+		c.rotate()
+		s.evict(c.blacklistKey(old))
+		c.show(old).isTheft(c)
+	}},
+	{"an access token from before a refresh stays good until its exp", aURL, func(s *server) {
+		c := s.signup()
+		old := c.access
+		c.rotate()
+		c.rotate()
+		c.me(old).ok()
+	}},
+	{"resend: within the leeway the token exchanged last gets 200 and the same Set-Cookie line", own,
+		func(s *server) {
+			s = s.start(resend)
+			c := s.signup()
+			old := c.refresh
+			first := c.rotate()
+			time.Sleep(1100 * time.Millisecond) // a Max-Age reckoned from now would show
+			again := c.show(old).ok()
+			if again.Header.Get("Set-Cookie") != first.Header.Get("Set-Cookie") {
+				s.Errorf("the successor of one token:\n%s\n%s",
+					first.Header.Get("Set-Cookie"), again.Header.Get("Set-Cookie"))
+			}
+			if again.str("accessToken") == c.access {
+				s.Error("the access token is no fresh one")
+			}
+			c.me(again.str("accessToken")).ok()
+			c.lives()
+		}},
+	{"resend: no token older than that is answered, and the chain never forks", own, neverForks},
+	{"resend: later than the leeway it is theft all the same", own, func(s *server) {
+		s = s.start(resend.with(shortLeeway))
+		c := s.signup()
+		old := c.refresh
+		c.rotate()
+		afterLeeway()
+		c.show(old).isTheft(c)
+	}},
+	{"resend: a token whose session was revoked meanwhile gets nothing", own, func(s *server) {
+		s = s.start(resend)
+		for name, revoke := range revocations {
+			c := s.signup()
+			other := c.login()
+			old := c.refresh
+			c.rotate()
+			revoke(c, other).ok()
+			if a := c.show(old); a.status() != 401 {
+				s.Errorf("%s: %d %s", name, a.status(), a.body)
+			}
+			c.gone()
+		}
+	}},
+}
+
+func neverForks(s *server) {
+	servers := []*server{s.start(resend), s.start(resend)}
+	c := servers[0].signup()
+	oldest := c.refresh
+	c.rotate()
+	older := c.refresh
+	c.rotate()
+	c.show(oldest).raced()
+	if c.show(older).ok().refreshCookie().Value != c.refresh {
+		s.Error("the chain has forked")
+	}
+	for range rounds {
+		lines := map[string]bool{}
+		answers := together(8, func(i int) *answer {
+			return c.elsewhere().on(servers[i%2]).show(c.refresh)
+		})
+		for _, a := range answers {
+			lines[a.ok().Header.Get("Set-Cookie")] = true
+			c.me(a.str("accessToken")).ok()
+		}
+		if len(lines) != 1 {
+			s.Fatalf("%d successors of one token", len(lines))
+		}
+		c = c.elsewhere()
+		c.take(answers[0])
+	}
+	c.lives()
+}

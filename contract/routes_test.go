@@ -1,0 +1,237 @@
+package contract
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// What a route answers where all is well stands in the table named routes, and is held on every
+// answer; here is what each of them does.
+var routePromises = []promise{
+	{"POST /auth/signup opens an account and its first session", aURL, func(s *server) {
+		c := s.signup()
+		if !uuidForm.MatchString(c.id) || c.last.str("user", "email") != c.email {
+			s.Errorf("body %s", c.last.body)
+		}
+		s.isNow(c.last.str("user", "createdAt"))
+		c.lives()
+	}},
+	{"POST /auth/login opens another session", aURL, func(s *server) {
+		c := s.signup()
+		other := c.login()
+		if other.last.str("user", "id") != c.id || other.last.str("user", "email") != c.email {
+			s.Errorf("body %s", other.last.body)
+		}
+		other.lives()
+		c.lives()
+	}},
+	{"POST /auth/refresh gives new tokens; the old refresh token is dead from then on", aURL,
+		func(s *server) {
+			c := s.signup()
+			old := *c
+			c.rotate()
+			if c.refresh == old.refresh || c.access == old.access || c.sid() != old.sid() {
+				s.Error("a token was handed out twice, or the session's id has changed")
+			}
+			c.show(old.refresh).refused("refresh_reused")
+			c.lives()
+		}},
+	{"POST /auth/logout ends the session, its access and refresh tokens with it", aURL,
+		func(s *server) {
+			c := s.signup()
+			other := c.login()
+			c.logout().ok()
+			c.gone()
+			other.lives()
+		}},
+	{"GET /auth/me tells the user", aURL, func(s *server) {
+		c := s.signup()
+		a := c.me(c.access).ok()
+		if fmt.Sprint(a.json["user"]) != fmt.Sprint(c.last.json["user"]) {
+			s.Errorf("me says %s, signup said %s", a.body, c.last.body)
+		}
+	}},
+	{"GET /auth/me is read from PostgreSQL", stored, func(s *server) {
+		c := s.signup()
+		email := newEmail()
+		s.exec("UPDATE users SET email = $1, created_at = '2001-02-03 04:05:06Z' WHERE id = $2",
+			email, c.id)
+		a := c.me(c.access).ok()
+		if a.str("user", "email") != email ||
+			!strings.HasPrefix(a.str("user", "createdAt"), "2001-02-03T04:05:06") {
+			s.Errorf("body %s", a.body)
+		}
+	}},
+	{"the account routes are 404 user_not_found where the user is gone but the session is not yet",
+		stored, func(s *server) {
+			c := s.signup()
+			s.exec("DELETE FROM users WHERE id = $1", c.id)
+			if a := c.me(c.access).refused("user_not_found"); a.json["error"] != "User not found" {
+				s.Errorf("body %s", a.body)
+			}
+			c.changePassword(c.password, newPassword()).refused("user_not_found")
+			c.deleteAccount(c.password).refused("user_not_found")
+		}},
+	{"GET /auth/sessions lists the caller's sessions, newest use first", aURL, listsSessions},
+	{"GET /auth/sessions tells the ip and user agent of each, an endless one cut", aURL,
+		func(s *server) {
+			c := s.signup()
+			for _, agent := range []string{"phone/1.0 Ψ", strings.Repeat("é", 5000)} {
+				c.agent = agent
+				device := c.login()
+				got := device.sessions()[0]
+				if got.IP != device.ip || got.UserAgent == "" || len(got.UserAgent) > 1000 ||
+					!strings.HasPrefix(agent, got.UserAgent) || len(agent) < 50 && got.UserAgent != agent {
+					s.Errorf("the session is %v, want ip %s and agent %.20q", got, device.ip, agent)
+				}
+			}
+		}},
+	{"DELETE /auth/sessions/{id} ends that session only", aURL, func(s *server) {
+		c := s.signup()
+		other, third := c.login(), c.login()
+		c.revoke(other.sid()).ok().keepsCookie()
+		other.gone()
+		c.revoke(other.sid()).refused("session_not_found")
+		if n := len(c.sessions()); n != 2 {
+			s.Errorf("%d sessions are listed, want 2", n)
+		}
+		third.lives()
+		c.lives()
+		c.revoke(c.sid()).ok().clearsCookie() // the caller's own
+		c.gone()
+	}},
+	{"DELETE /auth/sessions/{id} is 404 for one that is not the caller's", aURL, func(s *server) {
+		c, stranger := s.signup(), s.signup()
+		for _, id := range []string{stranger.sid(), newUUID(), "not-a-uuid", "*", c.sid() + "x"} {
+			c.revoke(id).refused("session_not_found")
+		}
+		stranger.lives()
+	}},
+	{"DELETE /auth/sessions logs out everywhere, this session too", aURL, func(s *server) {
+		c, stranger := s.signup(), s.signup()
+		other := c.login()
+		c.revokeAll().ok()
+		c.gone()
+		other.gone()
+		stranger.lives()
+		if n := len(c.login().sessions()); n != 1 {
+			s.Errorf("%d sessions after a new login, want 1", n)
+		}
+	}},
+	{"PUT /auth/password revokes every other session; this one goes on", aURL, func(s *server) {
+		c := s.signup()
+		other := c.login()
+		old, access := c.password, c.access
+		c.password = newPassword()
+		c.changePassword(old, c.password).ok()
+		other.gone()
+		c.me(access).ok()
+		c.lives()
+		c.lives() // and its next refresh as well
+		s.tryLogin(c.email, old, newIP()).refused("invalid_credentials")
+		c.login().lives()
+		c.changePassword(c.password, c.password).ok() // nothing speaks against the same again
+	}},
+	{"DELETE /auth/me deletes the user and all its sessions", aURL, func(s *server) {
+		c := s.signup()
+		other := c.login()
+		c.deleteAccount(c.password).ok()
+		c.gone()
+		other.gone()
+		c.tryLogin().refused("invalid_credentials")
+		again := s.trySignup(c.email, c.password).ok()
+		if again.str("user", "id") == c.id {
+			s.Error("the new account has the id of the deleted one")
+		}
+	}},
+	{"GET /healthz and GET /readyz say that all is ok", aURL, func(s *server) {
+		for _, path := range []string{"/healthz", "/readyz"} {
+			for name, value := range s.send(get(path)).ok().json {
+				if value != "ok" {
+					s.Errorf("%s: %s is %v", path, name, value)
+				}
+			}
+		}
+	}},
+	{"anything else is 404: paths are taken as written, with no redirect", aURL, func(s *server) {
+		c := s.signup()
+		for _, path := range []string{
+			"/", "/auth", "/auth/", "/auth/unknown", "/metrics", "/favicon.ico", "/.env", "/debug/pprof/",
+			"/auth/me/", "//auth/me", "/auth//me", "/auth/./me", "/auth/x/../me", "/AUTH/me", "/auth/Me",
+			"/auth/%6de", "/auth%2fme", "/healthz/", "//healthz", "/auth/sessions/",
+			"/auth/sessions/a/b", "/auth/login/",
+		} {
+			for _, method := range []string{"GET", "POST", "DELETE"} {
+				a := c.elsewhere().send(to(method + " " + path)).refused("not_found")
+				if a.Header.Get("Location") != "" {
+					s.Errorf("%s redirects to %s", a, a.Header.Get("Location"))
+				}
+			}
+		}
+		c.send(get("/auth/me?x=y")).ok()
+	}},
+	{"a known path with another method is 405 with Allow", aURL, func(s *server) {
+		allowed := map[string][]string{}
+		for route := range routes {
+			method, path, _ := strings.Cut(route, " ")
+			allowed[path] = append(allowed[path], method)
+			if method == "GET" {
+				allowed[path] = append(allowed[path], "HEAD")
+			}
+		}
+		all := strings.Fields("GET POST PUT PATCH DELETE OPTIONS TRACE PROPFIND")
+		for path, methods := range allowed {
+			slices.Sort(methods)
+			for _, method := range all {
+				if slices.Contains(methods, method) {
+					continue
+				}
+				a := s.send(to(method + " " + path)).refused("method_not_allowed")
+				got := strings.Split(a.Header.Get("Allow"), ", ")
+				if slices.Sort(got); !slices.Equal(got, methods) {
+					s.Errorf("%s: Allow is %q, want %q", a, got, methods)
+				}
+			}
+		}
+	}},
+	{"HEAD goes where GET goes", aURL, func(s *server) {
+		c := s.signup()
+		for path, status := range map[string]int{
+			"/healthz": 200, "/readyz": 200, "/auth/me": 200, "/auth/sessions": 200,
+			"/auth/login": 405, "/nowhere": 404,
+		} {
+			if a := c.send(to("HEAD " + path)).want(status); len(a.body) != 0 {
+				s.Errorf("%s has a body", a)
+			}
+		}
+		s.send(to("HEAD /auth/me")).want(401)
+	}},
+}
+
+func listsSessions(s *server) {
+	c := s.signup()
+	phone := c.login()
+	c.login()
+	s.signup()                       // somebody else, who must not be in it
+	time.Sleep(2 * time.Millisecond) // times have milliseconds
+	phone.rotate()
+	list := c.sessions()
+	var used []time.Time
+	for _, x := range list {
+		s.isNow(x.CreatedAt)
+		lastUsed := s.isTime(x.LastUsedAt)
+		refreshed := lastUsed.After(s.isTime(x.CreatedAt))
+		if x.Current != (x.ID == c.sid()) || refreshed != (x.ID == phone.sid()) {
+			s.Errorf("current or last used is wrong in %v", x)
+		}
+		used = append(used, lastUsed)
+	}
+	if len(list) != 3 || list[0].ID != phone.sid() {
+		s.Errorf("the list is %v, want three with the phone first", list)
+	}
+	if !slices.IsSortedFunc(used, func(a, b time.Time) int { return b.Compare(a) }) {
+		s.Errorf("not newest first: %v", used)
+	}
+}

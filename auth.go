@@ -391,16 +391,17 @@ func (a *auth) verifyAccess(r *http.Request) (claims, error) {
 // verifyRefresh returns the claims of the refresh cookie. A browser that sends two of them has got
 // one from elsewhere, a sibling domain perhaps, and nobody can tell which. Both are refused then.
 func (a *auth) verifyRefresh(r *http.Request) (claims, error) {
-	cookies := r.CookiesNamed("refreshToken")
-	if len(cookies) == 0 || cookies[0].Value == "" {
-		return claims{}, errMissingToken
-	}
-	for _, other := range cookies[1:] {
-		if other.Value != cookies[0].Value {
+	token := ""
+	for i, cookie := range r.CookiesNamed("refreshToken") {
+		if i > 0 && cookie.Value != token {
 			return claims{}, errTokenInvalid
 		}
+		token = cookie.Value
 	}
-	return verify(r, a.refresh, cookies[0].Value)
+	if token == "" {
+		return claims{}, errMissingToken
+	}
+	return verify(r, a.refresh, token)
 }
 
 // verify returns the claims of a token and notes whose it is.

@@ -664,7 +664,7 @@ func (e *environment) database() *pgxpool.Config {
 	cfg, err := pgxpool.ParseConfig(value)
 	if err != nil || !isPostgres || !hasPlainUserinfo(value) {
 		e.fault("DATABASE_URL", "must be a PostgreSQL URL, "+
-			"postgres://user:password@host:port/database, with an @ in the password as %%40")
+			"postgres://user:password@host:port/database, with the password percent-encoded")
 		return nil
 	}
 
@@ -714,7 +714,7 @@ func (e *environment) redis() *redis.UniversalOptions {
 	single, singleErr := redis.ParseURL(value)
 	switch {
 	case !hasPlainUserinfo(value):
-		e.fault("REDIS_URL", "must have an @ in the password as %%40")
+		e.fault("REDIS_URL", "must have its password percent-encoded")
 	case clusterErr == nil && len(cluster.Addrs) > 1:
 		options.IsClusterMode = true
 		options.Addrs = cluster.Addrs

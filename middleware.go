@@ -233,7 +233,7 @@ func infoOf(r *http.Request) *requestInfo {
 // newUUID returns a random UUID (RFC 9562 section 5.4).
 func newUUID() string {
 	var b [16]byte
-	_, _ = rand.Read(b[:])  // never fails
+	rand.Read(b[:])         // never fails
 	b[6] = b[6]&0x0f | 0x40 // version 4
 	b[8] = b[8]&0x3f | 0x80 // variant 10
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])

@@ -1,0 +1,591 @@
+/* How Latchkey opens, refreshes and ends the sessions of one user: store.go and session.lua in
+   Promela, for the model checker spin. README.md says how to read it and what it does not prove.
+   `check` runs it in several configurations; `faults` shows that it notices mistakes.
+
+   spin tries every order in which the processes below can take their steps. A step is one statement,
+   or one atomic or d_step block. The steps are those of the real stores: one SQL statement, or one
+   Redis script.
+
+   A configuration is a set of -D flags:
+
+       LOGINS=n     sessions 1 to n are opened by logins (at most 2)
+       REFRESH_0=n  how often session 0 is refreshed (at most 4); REFRESH_1 and REFRESH_2 likewise
+       SIGNUP       session 0 is opened by a signup; without it, it is open when the run begins
+       REVOKE=s     somebody revokes session s, or all sessions
+       CHANGE       session 0 changes the password; CHANGE_1: session 1 does, too
+       REHASH       the hash of the password is replaced by one of another cost
+       DELETE       the user deletes the account
+       SQL          an operator replaces the hash, or deletes the row, by plain SQL
+       CLOCK=n      n times, at any moment, the leeway of all exchanged tokens runs out
+       FORGET       Redis loses the blacklist, at any moment
+       RESEND       REFRESH_REUSE_POLICY=resend */
+
+#ifndef LOGINS
+#define LOGINS 0
+#endif
+#ifndef REFRESH_0
+#define REFRESH_0 0
+#endif
+#ifndef REFRESH_1
+#define REFRESH_1 0
+#endif
+#ifndef REFRESH_2
+#define REFRESH_2 0
+#endif
+#ifndef CLOCK
+#define CLOCK 0
+#endif
+#ifdef RESEND
+#define RESENDS true
+#else
+#define RESENDS false
+#endif
+
+#define SESSIONS 3
+#define TOKENS   5              /* the tokens of a session are 1 to TOKENS, in order of their birth */
+#define NOBODY   SESSIONS
+
+/* Sets of small numbers. */
+#define has(set, x) (((set) >> (x)) & 1)
+#define add(set, x) set = (set) | (1 << (x))
+#define ALL         255
+
+/* The hashes that the row can hold. A digest is the number of its hash. Each hash is that of a
+   password of its own, but for REHASHED. */
+#define OLD      0
+#define NEW      1              /* of the change by session 0 */
+#define NEWER    2              /* of the change by session 1 */
+#define OPERATOR 3              /* of plain SQL */
+#define REHASHED 4              /* of the old password, at another cost */
+#define NO_ROW   5              /* there is no such user */
+#define password(h) (h == REHASHED -> OLD : h)
+
+
+/* ---- PostgreSQL: one row and its lock ---- */
+
+byte hash = OLD;                /* what is committed: all that a plain read sees */
+byte sharers = 0;               /* transactions that hold the row's share lock */
+bool exclusive = false;         /* whether one holds its exclusive lock */
+
+/* SELECT password_hash … FOR SHARE. */
+inline select_for_share(into) {
+	atomic { !exclusive -> sharers++; into = hash }
+}
+
+/* UPDATE … or DELETE … WHERE password_hash = checked. What it writes is seen when it commits. */
+inline lock_if_unchanged(checked, found) {
+	atomic {
+		!exclusive && sharers == 0;
+		found = (hash == checked);
+		exclusive = found
+	}
+}
+
+/* A transaction ends in the middle: its connection broke, or the server rolled it back because
+   Redis did not answer in time. The script that it has sent may still be carried out, now that the
+   lock is gone. What was locked cannot be committed any more. */
+inline perhaps_lose_share(locked) {
+	if
+	:: locked = true
+	:: atomic { locked = false; sharers-- }
+	fi
+}
+
+inline perhaps_lose_exclusive(locked) {
+	if
+	:: locked = true
+	:: atomic { locked = false; exclusive = false }
+	fi
+}
+
+
+/* ---- Redis: session:{user}:<sid> and blacklist:{user}:<jti> ---- */
+
+typedef Session {
+	bool alive;             /* the key is there */
+	byte digest;            /* of the password hash that it is bound to */
+	byte token;             /* the current refresh token */
+	byte previous;          /* the token exchanged last */
+	bool recently;          /* that was within the leeway */
+	byte blacklist;         /* set of tokens: their blacklist keys are there */
+
+	/* Outside of the server. */
+	byte known;             /* set of tokens: they were handed out */
+
+	/* What happened, for the assertions only. No decision of the protocol reads it. */
+	bool begun;             /* it was started */
+	bool over;              /* it was ended, for good */
+	byte last;              /* the last token of its chain */
+	byte last_but_one;
+	byte successor[TOKENS + 1];     /* by token: what was handed out for it, or 0 */
+	byte fresh;             /* set of tokens: they were exchanged within the leeway */
+	byte opened_with;       /* the password that its holder has shown to know */
+}
+
+Session session[SESSIONS];
+#define S session[s]
+
+/* What happened to passwords, for the assertions only. */
+byte replaced = 0;              /* set: the row has another one now, whoever changed it */
+byte cut_off = 0;               /* set: those of them that the server replaced */
+byte committed = 1 << OLD;      /* set of hashes: the row has or had them */
+bool forgot = false;            /* Redis lost a blacklist */
+
+
+/* ---- What must hold at every moment ---- */
+
+/* A session that was ended is never back, and none vanishes without a reason. */
+#define ends_for_good(s) (session[s].alive == (session[s].begun && !session[s].over))
+
+/* The current token is the end of the session's one chain. */
+#define one_chain(s)     (!session[s].alive || session[s].token == session[s].last)
+
+/* From the commit of a password change or a deletion on, no session of the old password lives.
+   A session whose tokens nobody was given does not count. */
+#define cut_off_at_once(s) (!session[s].alive || session[s].known == 0 \
+				|| !has(cut_off, session[s].opened_with))
+
+#define sound(s) (ends_for_good(s) && one_chain(s) && cut_off_at_once(s))
+
+/* Watch can take its step as soon as something is wrong, and only then. */
+active proctype Watch() {
+	byte s;
+end:	atomic {
+		if
+		:: !sound(0) -> s = 0
+		:: !sound(1) -> s = 1
+		:: !sound(2) -> s = 2
+		fi;
+		assert(ends_for_good(s));
+		assert(one_chain(s));
+		assert(cut_off_at_once(s))
+	}
+}
+
+
+/* ---- session.lua: each of these is carried out in one step ---- */
+
+mtype = { ROTATED, RESENT, REUSED, THEFT, ENDED, STALE };
+
+inline start(s, h) {
+	S.alive = true;
+	S.digest = h;
+	S.token = 1;
+
+	S.begun = true;
+	S.last = 1;
+	S.opened_with = password(h)
+}
+
+inline revoke(s) {
+	S.alive = false;
+
+	S.over = S.begun
+}
+
+inline revoke_all_but(keeper) {
+	i = 0;
+	do
+	:: i < SESSIONS && i != keeper ->
+		session[i].alive = false;
+		session[i].over = session[i].begun;
+		i++
+	:: i < SESSIONS && i == keeper -> i++
+	:: i == SESSIONS -> break
+	od;
+	i = 0
+}
+
+#define in_leeway(s, t) (has(S.blacklist, t) || (S.previous == t && S.recently))
+
+inline rotate(s, shown, h) {
+	if
+	:: !S.alive -> outcome = ENDED
+	:: S.alive && S.token == shown ->
+		if
+		:: S.digest != h -> outcome = STALE
+		:: else ->
+			outcome = ROTATED;
+			next = S.last + 1;
+			add(S.blacklist, shown);
+			S.previous = shown;
+			S.recently = true;
+			S.token = next
+		fi
+	:: S.alive && S.token != shown ->
+		if
+		:: !in_leeway(s, shown) -> outcome = THEFT; S.alive = false
+		:: in_leeway(s, shown) && !(RESENDS && S.previous == shown) -> outcome = REUSED
+		:: in_leeway(s, shown) && RESENDS && S.previous == shown ->
+			if
+			:: S.digest != h -> outcome = STALE
+			:: else -> outcome = RESENT; next = S.token
+			fi
+		fi
+	fi;
+	judge(s, shown)
+}
+
+/* Is the outcome what the history of the session calls for? Then it becomes part of the history. */
+inline judge(s, shown) {
+	/* A refresh that began after the password was replaced gets nothing. */
+	assert(!((outcome == ROTATED || outcome == RESENT) && has(was_replaced, S.opened_with)));
+	if
+	:: outcome == ROTATED ->
+		/* Only the end of the chain is exchanged, so each token once. */
+		assert(shown == S.last);
+		S.last_but_one = shown;
+		S.last = next;
+		add(S.fresh, shown)
+	:: outcome == RESENT ->
+		assert(RESENDS && shown == S.last_but_one && next == S.last && has(S.fresh, shown))
+	:: outcome == REUSED ->
+		assert(shown != S.last && has(S.fresh, shown));
+		assert(!(RESENDS && shown == S.last_but_one))
+	:: outcome == THEFT ->
+		assert(shown != S.last);
+		assert(!has(S.fresh, shown) || (forgot && shown != S.last_but_one));
+		S.over = true
+	:: outcome == ENDED ->
+		assert(S.over)
+	:: outcome == STALE ->
+		assert(S.alive)
+	fi
+}
+
+
+/* ---- store.go ---- */
+
+/* store.createUser */
+proctype Signup() {
+	byte s = 0;
+	d_step { start(s, OLD) }
+	if
+	:: d_step { hash = OLD; replaced = 0; cut_off = 0 }     /* commit */
+		if
+		:: add(S.known, 1)                              /* 201, and the tokens */
+		:: true                                         /* the commit's answer was lost: 503 */
+		fi
+	:: true                                                 /* rolled back: 503 */
+	fi
+}
+
+/* store.openSession, and bcrypt before it: a login into session s, with the password that is right
+   when it begins. */
+proctype Login(byte s) {
+	byte wanted;
+	byte checked;
+	byte current;
+	byte tries = 0;
+	bool locked;
+
+	wanted = password(hash);
+again:
+	checked = hash;                         /* read without a lock; then bcrypt */
+	if
+	:: checked == NO_ROW || password(checked) != wanted -> goto done        /* 401 */
+	:: else
+	fi;
+	select_for_share(current);
+	if
+	:: current != checked ->                /* errStale */
+		sharers--;
+		tries++;
+		if
+		:: tries < 3 -> goto again
+		:: else -> goto done
+		fi
+	:: else
+	fi;
+	perhaps_lose_share(locked);
+	d_step { start(s, checked) }
+	if
+	:: locked -> sharers--; add(S.known, 1) /* commit, then 200 and the tokens */
+	:: locked -> sharers--                  /* the answer of Redis or of the commit was lost: 503 */
+	:: !locked                              /* 503 */
+	fi;
+done:
+	skip
+}
+
+/* store.refresh: somebody shows any token that was handed out for session s. */
+proctype Refresh(byte s) {
+	byte shown;
+	byte h;
+	byte next;
+	byte was_replaced;
+	bool locked;
+	mtype outcome;
+
+end:	atomic {
+		if
+		:: has(S.known, 1) -> shown = 1
+		:: has(S.known, 2) -> shown = 2
+		:: has(S.known, 3) -> shown = 3
+		:: has(S.known, 4) -> shown = 4
+		fi;
+		h = hash;                       /* read without a lock */
+		was_replaced = replaced
+	}
+	if
+	:: h == NO_ROW ->
+		d_step { revoke(s) }
+		outcome = ENDED;
+		goto answer
+	:: else
+	fi;
+	d_step { rotate(s, shown, h) }
+	if
+	:: outcome != STALE -> goto answer
+	:: else
+	fi;
+
+	/* The second look. */
+	select_for_share(h);
+	perhaps_lose_share(locked);
+	if
+	:: h == NO_ROW -> outcome = STALE
+	:: else -> d_step { rotate(s, shown, h) }
+	fi;
+	if
+	:: outcome == STALE ->
+		d_step {
+			/* It ends no session of the password that is right now, unless a change that
+			   failed has bound it to a hash that never was. */
+			assert(!S.alive || S.opened_with != password(hash)
+				|| !has(committed, S.digest) || !locked);
+			revoke(s)
+		}
+		outcome = ENDED
+	:: else
+	fi;
+	if
+	:: locked -> sharers--
+	:: else
+	fi;
+
+answer:
+	assert(!S.alive || (outcome != ENDED && outcome != THEFT));
+	if
+	:: outcome == ROTATED || outcome == RESENT ->
+		d_step {
+			/* 200. No token ever gets two different successors. */
+			assert(S.successor[shown] == 0 || S.successor[shown] == next);
+			S.successor[shown] = next;
+			add(S.known, next)
+		}
+	:: true                                 /* 401; or the answer was lost, on any way */
+	fi
+}
+
+/* store.revoke or store.revokeAll, for somebody who holds session s: logout and the sessions' routes.
+   It also stands for a session's key that expires. That its answer is lost changes nothing. */
+proctype Revoke(byte s) {
+	byte i;
+end:	S.known != 0;
+	if
+	:: d_step { revoke(s) }
+	:: d_step { revoke_all_but(NOBODY) }
+	fi
+}
+
+inline commit_change() {
+	assert(hash == checked);
+	add(replaced, password(hash));
+	cut_off = replaced;
+	add(committed, new);
+	S.opened_with = new;
+	hash = new;
+	exclusive = false
+}
+
+/* store.changePassword by session s, whose holder knows the password that is right when it begins. */
+proctype Change(byte s; byte new) {
+	byte i;
+	byte wanted;
+	byte checked;
+	bool was_alive;
+	bool found;
+	bool locked;
+
+end:	atomic { S.known != 0 -> wanted = password(hash) }
+again:
+	checked = hash;
+	if
+	:: checked == NO_ROW || password(checked) != wanted -> goto done        /* 401 */
+	:: else
+	fi;
+	lock_if_unchanged(checked, found);
+	if
+	:: !found -> goto again                 /* errStale */
+	:: else
+	fi;
+	perhaps_lose_exclusive(locked);
+	d_step {
+		was_alive = S.alive;
+		revoke_all_but(s);
+		if
+		:: S.alive -> S.digest = new
+		:: else
+		fi;
+		assert(S.alive == was_alive)    /* the caller's own session goes on */
+	}
+	if
+	:: locked -> d_step { commit_change() } /* whether its answer arrives or not */
+	:: locked -> exclusive = false          /* rolled back: 503 */
+	:: !locked                              /* 503 */
+	fi;
+done:
+	skip
+}
+
+inline commit_rehash() {
+	assert(hash == OLD);
+	add(committed, REHASHED);
+	hash = REHASHED;
+	exclusive = false
+}
+
+/* store.rehash, after a login with the old password */
+proctype Rehash() {
+	byte i;
+	bool found;
+	bool locked;
+
+	lock_if_unchanged(OLD, found);
+	if
+	:: !found -> goto done
+	:: else
+	fi;
+	perhaps_lose_exclusive(locked);
+	d_step {
+		i = 0;
+		do
+		:: i < SESSIONS ->
+			if
+			:: session[i].alive && session[i].digest == OLD -> session[i].digest = REHASHED
+			:: else
+			fi;
+			i++
+		:: i == SESSIONS -> break
+		od;
+		i = 0
+	}
+	if
+	:: locked -> d_step { commit_rehash() }
+	:: locked -> exclusive = false
+	:: !locked
+	fi;
+done:
+	skip
+}
+
+inline commit_delete() {
+	assert(hash == checked);
+	hash = NO_ROW;
+	replaced = ALL;
+	cut_off = ALL;
+	exclusive = false
+}
+
+/* store.deleteUser */
+proctype Delete() {
+	byte i;
+	byte checked;
+	bool found;
+	bool locked;
+
+again:
+	checked = hash;
+	if
+	:: checked == NO_ROW -> goto done
+	:: else
+	fi;
+	lock_if_unchanged(checked, found);
+	if
+	:: !found -> goto again
+	:: else
+	fi;
+	perhaps_lose_exclusive(locked);
+	d_step { revoke_all_but(NOBODY) }
+	if
+	:: locked -> d_step { commit_delete() }
+	:: locked -> exclusive = false
+	:: !locked
+	fi;
+done:
+	skip
+}
+
+
+/* ---- The world ---- */
+
+/* An operator at the psql prompt, who knows nothing of sessions. */
+proctype Sql() {
+	atomic {
+		!exclusive && sharers == 0;
+		if
+		:: hash == NO_ROW
+		:: hash != NO_ROW ->
+			add(replaced, password(hash)); add(committed, OPERATOR); hash = OPERATOR
+		:: hash != NO_ROW ->
+			replaced = ALL; hash = NO_ROW
+		fi
+	}
+}
+
+/* REFRESH_REUSE_LEEWAY passes. */
+proctype Clock() {
+	byte s = 0;
+	d_step {
+		do
+		:: s < SESSIONS -> S.blacklist = 0; S.recently = false; S.fresh = 0; s++
+		:: else -> break
+		od
+	}
+}
+
+/* Redis loses blacklist keys, which no correct answer but 'theft' may depend on. */
+proctype Forget() {
+	byte s = 0;
+	d_step { S.blacklist = 0; forgot = true }
+}
+
+init {
+	byte s = 0;
+	byte n;
+	atomic {
+#ifdef SIGNUP
+		hash = NO_ROW; replaced = ALL; cut_off = ALL;
+		run Signup();
+#else
+		start(s, OLD); add(S.known, 1);
+#endif
+		n = 0; do :: n < LOGINS -> n++; run Login(n) :: else -> break od;
+		n = 0; do :: n < REFRESH_0 -> n++; run Refresh(0) :: else -> break od;
+		n = 0; do :: n < REFRESH_1 -> n++; run Refresh(1) :: else -> break od;
+		n = 0; do :: n < REFRESH_2 -> n++; run Refresh(2) :: else -> break od;
+		n = 0; do :: n < CLOCK -> n++; run Clock() :: else -> break od;
+#ifdef FORGET
+		run Forget();
+#endif
+#ifdef REVOKE
+		run Revoke(REVOKE);
+#endif
+#ifdef CHANGE
+		run Change(0, NEW);
+#endif
+#ifdef CHANGE_1
+		run Change(1, NEWER);
+#endif
+#ifdef REHASH
+		run Rehash();
+#endif
+#ifdef DELETE
+		run Delete();
+#endif
+#ifdef SQL
+		run Sql();
+#endif
+	}
+}

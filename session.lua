@@ -71,7 +71,7 @@ local function exchanged_ms(session, token)
   if not remembered and session.previous == token then
     remembered = session.exchanged
   end
-  return tonumber(remembered or nil)
+  return tonumber(remembered)
 end
 
 local command = {}

@@ -2,8 +2,8 @@
    Promela, for the model checker spin. README.md says how to read it and what it does not prove.
    `check` runs it in several configurations; `faults` shows that it notices mistakes.
 
-   spin tries every order in which the processes below can take their steps. A step is one statement,
-   or one atomic or d_step block. The steps are those of the real stores: one SQL statement, or one
+   spin tries every order in which the processes below can take their steps. A step is one
+   statement, or one atomic or d_step block: what the real stores do as one, an SQL statement or a
    Redis script.
 
    A configuration is a set of -D flags:
@@ -42,7 +42,7 @@
 #endif
 
 #define SESSIONS 3
-#define TOKENS   5              /* the tokens of a session are 1 to TOKENS, in order of their birth */
+#define TOKENS   5              /* a session's tokens are 1 to TOKENS, in order of their birth */
 #define NOBODY   SESSIONS
 
 /* Sets of small numbers. */
@@ -67,33 +67,33 @@ byte hash = OLD;                /* what is committed: all that a plain read sees
 byte sharers = 0;               /* transactions that hold the row's share lock */
 bool exclusive = false;         /* whether one holds its exclusive lock */
 
-/* SELECT password_hash … FOR SHARE. */
-inline select_for_share(into) {
-	atomic { !exclusive -> sharers++; into = hash }
+/* SELECT password_hash … FOR SHARE */
+inline select_for_share(into, locked) {
+	atomic { !exclusive -> sharers++; locked = true; into = hash }
 }
 
-/* UPDATE … or DELETE … WHERE password_hash = checked. What it writes is seen when it commits. */
-inline lock_if_unchanged(checked, found) {
+/* UPDATE … or DELETE … WHERE password_hash = checked. Its effect is seen when it commits. */
+inline lock_if_unchanged(checked, locked) {
 	atomic {
 		!exclusive && sharers == 0;
-		found = (hash == checked);
-		exclusive = found
+		locked = (hash == checked);
+		exclusive = locked
 	}
 }
 
-/* A transaction ends in the middle: its connection broke, or the server rolled it back because
-   Redis did not answer in time. The script that it has sent may still be carried out, now that the
-   lock is gone. What was locked cannot be committed any more. */
+/* A transaction may end in the middle: its connection breaks, or the server rolls it back since
+   Redis did not answer in time. The script that was sent may still be carried out, when the lock is
+   gone. But then nothing is committed any more. */
 inline perhaps_lose_share(locked) {
 	if
-	:: locked = true
-	:: atomic { locked = false; sharers-- }
+	:: true
+	:: atomic { locked -> locked = false; sharers-- }
 	fi
 }
 
 inline perhaps_lose_exclusive(locked) {
 	if
-	:: locked = true
+	:: true
 	:: atomic { locked = false; exclusive = false }
 	fi
 }
@@ -286,7 +286,7 @@ again:
 	:: checked == NO_ROW || password(checked) != wanted -> goto done        /* 401 */
 	:: else
 	fi;
-	select_for_share(current);
+	select_for_share(current, locked);
 	if
 	:: current != checked ->                /* errStale */
 		sharers--;
@@ -341,7 +341,7 @@ end:	atomic {
 	fi;
 
 	/* The second look. */
-	select_for_share(h);
+	select_for_share(h, locked);
 	perhaps_lose_share(locked);
 	if
 	:: h == NO_ROW -> outcome = STALE
@@ -349,6 +349,7 @@ end:	atomic {
 	fi;
 	if
 	:: outcome == STALE ->
+		perhaps_lose_share(locked);
 		d_step {
 			/* It ends no session of the password that is right now, unless a change that
 			   failed has bound it to a hash that never was. */
@@ -378,8 +379,9 @@ answer:
 	fi
 }
 
-/* store.revoke or store.revokeAll, for somebody who holds session s: logout and the sessions' routes.
-   It also stands for a session's key that expires. That its answer is lost changes nothing. */
+/* store.revoke or store.revokeAll, for somebody who holds session s: logout, and the routes about
+   sessions. It also stands for a session's key that expires. Whether its answer arrives changes
+   nothing. */
 proctype Revoke(byte s) {
 	byte i;
 end:	S.known != 0;
@@ -399,13 +401,13 @@ inline commit_change() {
 	exclusive = false
 }
 
-/* store.changePassword by session s, whose holder knows the password that is right when it begins. */
+/* store.changePassword by session s, whose holder knows the password that is right when it
+   begins. */
 proctype Change(byte s; byte new) {
 	byte i;
 	byte wanted;
 	byte checked;
 	bool was_alive;
-	bool found;
 	bool locked;
 
 end:	atomic { S.known != 0 -> wanted = password(hash) }
@@ -415,9 +417,9 @@ again:
 	:: checked == NO_ROW || password(checked) != wanted -> goto done        /* 401 */
 	:: else
 	fi;
-	lock_if_unchanged(checked, found);
+	lock_if_unchanged(checked, locked);
 	if
-	:: !found -> goto again                 /* errStale */
+	:: !locked -> goto again                 /* errStale */
 	:: else
 	fi;
 	perhaps_lose_exclusive(locked);
@@ -449,12 +451,11 @@ inline commit_rehash() {
 /* store.rehash, after a login with the old password */
 proctype Rehash() {
 	byte i;
-	bool found;
 	bool locked;
 
-	lock_if_unchanged(OLD, found);
+	lock_if_unchanged(OLD, locked);
 	if
-	:: !found -> goto done
+	:: !locked -> goto done
 	:: else
 	fi;
 	perhaps_lose_exclusive(locked);
@@ -492,7 +493,6 @@ inline commit_delete() {
 proctype Delete() {
 	byte i;
 	byte checked;
-	bool found;
 	bool locked;
 
 again:
@@ -501,9 +501,9 @@ again:
 	:: checked == NO_ROW -> goto done
 	:: else
 	fi;
-	lock_if_unchanged(checked, found);
+	lock_if_unchanged(checked, locked);
 	if
-	:: !found -> goto again
+	:: !locked -> goto again
 	:: else
 	fi;
 	perhaps_lose_exclusive(locked);

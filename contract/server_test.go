@@ -5,14 +5,16 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"maps"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -34,7 +36,7 @@ func (e env) with(more env) env {
 }
 
 var (
-	// production undoes what makes the lab's servers quick. Its bcrypt costs 0.2 s and more.
+	// production undoes what makes the lab's servers quick: its bcrypt takes 0.2 s and more.
 	production = env{"NODE_ENV": "production", "BCRYPT_COST": ""}
 	// shortLeeway takes a token for stolen soon, so that a test need not wait long for theft.
 	shortLeeway = env{"REFRESH_REUSE_LEEWAY": "200ms"}
@@ -45,7 +47,7 @@ var (
 // afterLeeway waits until shortLeeway is over.
 func afterLeeway() { time.Sleep(300 * time.Millisecond) }
 
-// defaults are the contract's, for what the tests have to know of a server's configuration.
+// defaults are the contract's, as far as the tests have to know a server's configuration.
 var defaults = env{
 	"NODE_ENV":             "production",
 	"FRONTEND_URL":         frontend,
@@ -55,7 +57,6 @@ var defaults = env{
 	"LOGIN_LIMIT_MAX":      "10",
 	"ACCESS_TOKEN_TTL":     "15m",
 	"REFRESH_TOKEN_TTL":    "168h",
-	"SESSION_MAX_TTL":      "720h",
 	"REFRESH_REUSE_LEEWAY": "10s",
 	"COOKIE_SAMESITE":      "strict",
 }
@@ -66,12 +67,12 @@ type server struct {
 	URL        string
 	env        env     // its configuration; conf adds the defaults
 	stores     *stores // nil where they cannot be reached from here
-	lab        *lab    // nil for a peer, which no other server can be started beside
+	lab        *lab    // nil for a peer, beside which no other server can be started
 	http       *http.Client
+	log        *output // standard output
 	process    *exec.Cmd
-	log        *output // of standard output; nil for a peer
-	ended      func() error
-	stopped    bool
+	ended      chan error // gets what became of the process
+	mayFail    bool       // the test does not mind with which status it ends
 }
 
 // askedBy is the same server in another test.
@@ -79,6 +80,33 @@ func (s *server) askedBy(t *testing.T) *server {
 	asked := *s
 	asked.T = t
 	return &asked
+}
+
+// Errorf and Fatalf say which line of a promise has failed, whatever helper has found it out.
+
+func (s *server) Errorf(format string, args ...any) {
+	s.T.Errorf("%s: %s", promiseLine(), fmt.Sprintf(format, args...))
+}
+
+func (s *server) Fatalf(format string, args ...any) {
+	s.T.Fatalf("%s: %s", promiseLine(), fmt.Sprintf(format, args...))
+}
+
+// promiseLine is the innermost line of the call stack that is in no file of helpers.
+func promiseLine() string {
+	callers := make([]uintptr, 50)
+	frames := runtime.CallersFrames(callers[:runtime.Callers(2, callers)])
+	for {
+		frame, more := frames.Next()
+		file := filepath.Base(frame.File)
+		if !slices.Contains(helperFiles, file) || !more {
+			return fmt.Sprintf("%s:%d", file, frame.Line)
+		}
+	}
+}
+
+var helperFiles = []string{
+	"answer_test.go", "client_test.go", "server_test.go", "stores_test.go", "openapi_test.go",
 }
 
 // conf is the server's value of a variable, with the contract's default.
@@ -89,8 +117,13 @@ func (s *server) conf(name string) string {
 	return defaults[name]
 }
 
+// duration is the server's value of a variable, which is in seconds if it has no unit.
 func (s *server) duration(name string) time.Duration {
-	d, err := time.ParseDuration(s.conf(name))
+	value := s.conf(name)
+	if _, err := strconv.Atoi(value); err == nil {
+		value += "s"
+	}
+	d, err := time.ParseDuration(value)
 	if err != nil {
 		panic(err)
 	}
@@ -115,9 +148,6 @@ func newHTTPClient() *http.Client {
 
 // peer is a server that was there before us.
 func peer(t *testing.T, base string) *server {
-	if _, err := url.ParseRequestURI(base); err != nil {
-		t.Fatalf("LATCHKEY_BASE_URL: %v", err)
-	}
 	s := &server{T: t, URL: strings.TrimRight(base, "/"), env: env{}, http: newHTTPClient()}
 	for _, line := range os.Environ() {
 		name, value, _ := strings.Cut(line, "=")
@@ -125,13 +155,6 @@ func peer(t *testing.T, base string) *server {
 	}
 	if s.env["DATABASE_URL"] != "" && s.env["REDIS_URL"] != "" {
 		s.stores = openStores(t, s.env["DATABASE_URL"], s.env["REDIS_URL"])
-	}
-	if s.conf("RATE_LIMIT_MAX") != "0" {
-		first, second := s.send(get("/auth/me")).remaining(), s.send(get("/auth/me")).remaining()
-		if first != second {
-			t.Log("The server does not believe X-Forwarded-For from here, so that its limits " +
-				"will refuse many tests: set its TRUSTED_PROXIES.")
-		}
 	}
 	return s
 }
@@ -162,8 +185,8 @@ var labSecrets = env{
 	"JWT_REFRESH_SECRET": "refresh " + rand.Text() + rand.Text(),
 }
 
-// environment is the whole environment of a server: development's, for its cheap bcrypt, since
-// nearly every test signs up a user, with all that is required given.
+// environment is a server's whole environment: development's, for its cheap bcrypt, since nearly
+// every test signs a user up, with all given that production requires.
 func (st *stores) environment(more env) env {
 	e := env{
 		"NODE_ENV":         "development",
@@ -180,8 +203,8 @@ func (st *stores) environment(more env) env {
 	return e
 }
 
-// freePort finds a port that nobody listens on, below the range from which systems hand out the
-// ports of outgoing connections.
+// freePort finds a port that nobody listens on, below the range of the ports that systems give to
+// outgoing connections.
 func freePort() string {
 	for {
 		port := strconv.Itoa(10_000 + mathrand.IntN(10_000))
@@ -193,8 +216,8 @@ func freePort() string {
 }
 
 // command is the executable with exactly this environment.
-func (l *lab) command(e env, args ...string) *exec.Cmd {
-	cmd := exec.Command(l.binary, args...)
+func (l *lab) command(e env) *exec.Cmd {
+	cmd := exec.Command(l.binary)
 	cmd.Env = []string{} // nil would be ours
 	for name, value := range e {
 		cmd.Env = append(cmd.Env, name+"="+value)
@@ -208,57 +231,38 @@ func (l *lab) start(t *testing.T, more env) *server { return l.startOn(t, l.stor
 
 // startOn runs a server until the test ends. It must then end well, and its log is searched.
 func (l *lab) startOn(t *testing.T, st *stores, more env) *server {
-	t.Helper()
-	e := st.environment(more)
-	port := e["PORT"]
-	if port == "" {
-		port = "3000" // development's default
-	}
 	s := &server{
-		T:       t,
-		URL:     "http://127.0.0.1:" + port,
-		env:     e,
-		stores:  st,
-		lab:     l,
-		http:    newHTTPClient(),
-		process: l.command(e),
-		log:     &output{},
+		T:      t,
+		env:    st.environment(more),
+		stores: st,
+		lab:    l,
+		http:   newHTTPClient(),
+		log:    &output{},
+		ended:  make(chan error, 1),
 	}
-	var stderr output
+	s.URL = "http://127.0.0.1:" + s.env["PORT"]
+	s.process = l.command(s.env)
 	s.process.Stdout = s.log
-	s.process.Stderr = &stderr
+	stderr := &output{}
+	s.process.Stderr = stderr
 	if err := s.process.Start(); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan struct{})
-	var result error
-	go func() {
-		result = s.process.Wait()
-		close(ended)
-	}()
-	s.ended = func() error {
-		select {
-		case <-ended:
-			return result
-		case <-time.After(20 * time.Second):
-			s.process.Process.Kill()
-			return errors.New("the process has not ended")
-		}
-	}
+	go func() { s.ended <- s.process.Wait() }()
 	t.Cleanup(func() {
-		if s.stopped { // by the test, which has said what it expects
-		} else if err := s.stop(); err != nil {
-			t.Errorf("a server ended with %v\n%s", err, &stderr)
+		if err := s.stop(); err != nil && !s.mayFail {
+			t.Errorf("a server ended with %v\n%s", err, stderr)
 		}
-		s.assertLogFreeOfSecrets(stderr.String())
+		s.assertFreeOfSecrets(s.log.String() + stderr.String())
 		if t.Failed() {
 			t.Logf("the end of the log of %s:\n%s", s.URL, tail(s.log.String(), 30))
 		}
 	})
 	for !s.ready() {
 		select {
-		case <-ended:
-			t.Fatalf("the server has not started: %v\n%s%s", result, s.log, &stderr)
+		case err := <-s.ended:
+			s.ended <- err
+			t.Fatalf("the server has not started: %v\n%s%s", err, s.log, stderr)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
@@ -274,45 +278,42 @@ func (s *server) ready() bool {
 	return resp.StatusCode == http.StatusOK
 }
 
-// stop sends SIGTERM and waits for the process to end, which it must with exit status 0. What is
-// left of idle connections would hold it up: a new one, on which nothing was sent yet, for 5 s.
+// stop sends SIGTERM and waits for the process, which must end with exit status 0. It closes our
+// idle connections first: one on which nothing was sent yet would hold the server up for 5 s.
 func (s *server) stop() error {
-	s.stopped = true
 	s.http.CloseIdleConnections()
-	if err := s.process.Process.Signal(syscall.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
-		return errors.Join(err, s.ended())
+	s.process.Process.Signal(syscall.SIGTERM)
+	select {
+	case err := <-s.ended:
+		s.ended <- err
+		return err
+	case <-time.After(20 * time.Second):
+		s.process.Process.Kill()
+		return errors.New("it has not ended")
 	}
-	return s.ended()
 }
 
 // start runs another server on the lab's stores for this test.
 func (s *server) start(more env) *server {
-	s.Helper()
 	return s.lab.start(s.T, more)
 }
 
-// startOn runs another server for this test, on stores of its own.
+// startOn runs another server for this test, on these stores.
 func (s *server) startOn(st *stores, more env) *server {
-	s.Helper()
 	return s.lab.startOn(s.T, st, more)
 }
 
 // exits runs the executable with exactly this environment until it ends by itself.
-func (s *server) exits(e env, args ...string) (status int, text string) {
-	s.Helper()
+func (s *server) exits(e env) (status int, text string) {
 	ctx, cancel := context.WithTimeout(s.Context(), 30*time.Second)
 	defer cancel()
-	var out output
-	cmd := s.lab.command(e, args...)
-	cmd.Stdout = &out
-	cmd.Stderr = &out
-	if err := cmd.Start(); err != nil {
+	cmd := s.lab.command(e)
+	defer context.AfterFunc(ctx, func() { cmd.Process.Kill() })()
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState == nil {
 		s.Fatal(err)
 	}
-	stopKilling := context.AfterFunc(ctx, func() { cmd.Process.Kill() })
-	defer stopKilling()
-	cmd.Wait()
-	return cmd.ProcessState.ExitCode(), out.String()
+	return cmd.ProcessState.ExitCode(), string(out)
 }
 
 // output is what a process writes, to be read at any time.
@@ -338,9 +339,8 @@ func tail(text string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// eventually polls until a condition holds, where the contract promises that it will, and not when.
+// eventually polls until a condition holds that the contract promises, but not when.
 func (s *server) eventually(within time.Duration, what string, holds func() bool) {
-	s.Helper()
 	for deadline := time.Now().Add(within); !holds(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			s.Fatalf("not within %v: %s", within, what)

@@ -24,28 +24,27 @@ type stores struct {
 }
 
 func openStores(t *testing.T, databaseURL, redisURL string) *stores {
-	t.Helper()
-	st := &stores{databaseURL: databaseURL, redisURL: redisURL}
 	options, err := redis.ParseURL(redisURL)
 	if err != nil {
-		t.Fatal("REDIS_URL is no URL of a single Redis")
+		t.Fatal("REDIS_URL is no URL of a single Redis") // the error would show its password
 	}
-	st.redis = redis.NewClient(options)
-	t.Cleanup(func() { st.redis.Close() })
-	if st.sql, err = pgxpool.New(t.Context(), databaseURL); err != nil {
+	sql, err := pgxpool.New(t.Context(), databaseURL)
+	if err != nil {
 		t.Fatal("DATABASE_URL cannot be read")
 	}
-	t.Cleanup(st.sql.Close)
+	st := &stores{databaseURL, redisURL, sql, redis.NewClient(options)}
+	t.Cleanup(func() {
+		st.sql.Close()
+		st.redis.Close()
+	})
 	return st
 }
 
-// newStores makes an empty database, which is dropped when the test ends. The Redis is the one of
-// REDIS_URL, which may be in use by others: a test touches no keys but those of its own users and
-// addresses.
+// newStores makes an empty database, which is dropped when the test ends. The Redis is that of
+// REDIS_URL and may be in use by others: tests touch keys of their own users and addresses only.
 func newStores(t *testing.T, options ...string) *stores {
-	t.Helper()
 	u, err := url.Parse(os.Getenv("DATABASE_URL"))
-	if err != nil || u.Host == "" && u.RawQuery == "" {
+	if err != nil {
 		t.Fatal("DATABASE_URL is no URL")
 	}
 	name := "latchkey_contract_" + strings.ToLower(rand.Text())
@@ -57,7 +56,6 @@ func newStores(t *testing.T, options ...string) *stores {
 
 // onServer executes SQL in the database of DATABASE_URL.
 func onServer(t *testing.T, sql string) {
-	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, os.Getenv("DATABASE_URL"))
@@ -72,7 +70,6 @@ func onServer(t *testing.T, sql string) {
 
 // exec executes SQL behind the server's back.
 func (s *server) exec(sql string, args ...any) {
-	s.Helper()
 	if _, err := s.stores.sql.Exec(s.Context(), sql, args...); err != nil {
 		s.Fatalf("%s: %v", sql, err)
 	}
@@ -80,22 +77,14 @@ func (s *server) exec(sql string, args ...any) {
 
 // query returns the one value that a query yields, as text.
 func (s *server) query(sql string, args ...any) (text string) {
-	s.Helper()
 	if err := s.stores.sql.QueryRow(s.Context(), sql, args...).Scan(&text); err != nil {
 		s.Fatalf("%s: %v", sql, err)
 	}
 	return text
 }
 
-// passwordHash is the hash that PostgreSQL has of the user's password.
-func (c *client) passwordHash() string {
-	c.s.Helper()
-	return c.s.query("SELECT password_hash FROM users WHERE id = $1", c.id)
-}
-
 // keys are the names of the keys that match a pattern of Redis.
 func (s *server) keys(pattern string) (names []string) {
-	s.Helper()
 	iter := s.stores.redis.Scan(s.Context(), 0, pattern, 1000).Iterator()
 	for iter.Next(s.Context()) {
 		names = append(names, iter.Val())
@@ -107,9 +96,11 @@ func (s *server) keys(pattern string) (names []string) {
 	return slices.Compact(names)
 }
 
+// userKeys are all that Redis has of a user.
+func (c *client) userKeys() []string { return c.s.keys("*{" + c.id + "}*") }
+
 // ttl is a key's time to live, which every key has.
 func (s *server) ttl(key string) time.Duration {
-	s.Helper()
 	ttl, err := s.stores.redis.PTTL(s.Context(), key).Result()
 	if err != nil || ttl <= 0 {
 		s.Errorf("%s has the TTL %v (%v)", key, ttl, err)
@@ -117,11 +108,25 @@ func (s *server) ttl(key string) time.Duration {
 	return ttl
 }
 
+// lasts asserts a key's time to live, give or take what a slow machine does to it.
+func (s *server) lasts(key string, want time.Duration) {
+	if got := s.ttl(key); got > want+time.Second || got < want-30*time.Second {
+		s.Errorf("%s lives for %v, want %v", key, got, want)
+	}
+}
+
 // evict deletes keys, as Redis does when it is short of memory. All of them must be there.
 func (s *server) evict(keys ...string) {
-	s.Helper()
 	n, err := s.stores.redis.Del(s.Context(), keys...).Result()
 	if err != nil || int(n) != len(keys) {
 		s.Fatalf("of %q %d were there (%v)", keys, n, err)
+	}
+}
+
+// spoil puts a value of another type in a key's place.
+func (s *server) spoil(key string) {
+	s.evict(key)
+	if err := s.stores.redis.SetEx(s.Context(), key, "spoilt", time.Minute).Err(); err != nil {
+		s.Fatal(err)
 	}
 }

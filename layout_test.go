@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"go/ast"
 	"go/parser"
@@ -62,13 +61,34 @@ var layout = map[string]struct {
 	"main.go": {},
 }
 
-// productionFiles parses the package without its tests.
-func productionFiles(t *testing.T) (*token.FileSet, map[string]*ast.File) {
+// productionFiles returns the files of a pattern that are no tests, by their names.
+func productionFiles(t *testing.T, pattern string) map[string]string {
+	t.Helper()
+	names, err := filepath.Glob(pattern)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{}
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[name] = string(data)
+	}
+	return files
+}
+
+// parseFiles parses the production Go.
+func parseFiles(t *testing.T) (*token.FileSet, map[string]*ast.File) {
 	t.Helper()
 	fset := token.NewFileSet()
 	files := map[string]*ast.File{}
-	for _, name := range matchingFiles(t, "*.go") {
-		file, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution)
+	for name, source := range productionFiles(t, "*.go") {
+		file, err := parser.ParseFile(fset, name, source, parser.SkipObjectResolution)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -77,81 +97,48 @@ func productionFiles(t *testing.T) (*token.FileSet, map[string]*ast.File) {
 	return fset, files
 }
 
-// matchingFiles returns the files of a pattern that are no tests.
-func matchingFiles(t *testing.T, pattern string) []string {
-	t.Helper()
-	names, err := filepath.Glob(pattern)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return slices.DeleteFunc(names, func(name string) bool {
-		return strings.HasSuffix(name, "_test.go")
-	})
-}
-
-func readFile(t *testing.T, name string) []byte {
-	t.Helper()
-	data, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return data
-}
-
-// TestFiles holds that the production Go is the files of layout and no others.
-func TestFiles(t *testing.T) {
-	names := matchingFiles(t, "*.go")
-	for _, name := range names {
-		if _, known := layout[name]; !known {
-			t.Errorf("%s is not in the design", name)
-		}
-	}
+// TestBudget holds that the production Go is the files of layout and no others, and how much there
+// is of it.
+func TestBudget(t *testing.T) {
+	files := productionFiles(t, "*.go")
 	for name := range layout {
-		if !slices.Contains(names, name) {
+		if files[name] == "" {
 			t.Errorf("%s is missing", name)
 		}
 	}
-}
-
-func TestTokens(t *testing.T) {
 	total := 0
-	for _, name := range matchingFiles(t, "*.go") {
-		n := countTokens(readFile(t, name))
-		t.Logf("%6d tokens in %s", n, name)
-		total += n
+	for name, source := range files {
+		if _, known := layout[name]; !known {
+			t.Errorf("%s is not in the design", name)
+		}
+		total += countTokens(source)
 	}
-	t.Logf("%6d tokens", total)
+	t.Logf("%d tokens of production Go", total)
 	if total > maxTokens {
 		t.Errorf("%d tokens of production Go, at most %d", total, maxTokens)
 	}
 }
 
-func countTokens(source []byte) int {
-	fset := token.NewFileSet()
-	file := fset.AddFile("", fset.Base(), len(source))
+func countTokens(source string) int {
+	file := token.NewFileSet().AddFile("", -1, len(source))
 	var s scanner.Scanner
-	s.Init(file, source, nil, 0) // which leaves comments out
-	n := 0
-	for {
-		_, tok, literal := s.Scan()
-		if tok == token.EOF {
+	s.Init(file, []byte(source), nil, 0) // which leaves comments out
+	for n := 0; ; n++ {
+		switch _, tok, literal := s.Scan(); {
+		case tok == token.EOF:
 			return n
-		}
-		isInserted := tok == token.SEMICOLON && literal != ";"
-		if !isInserted {
-			n++
+		case tok == token.SEMICOLON && literal != ";":
+			n-- // the scanner has inserted it
 		}
 	}
 }
 
 func TestColumns(t *testing.T) {
 	for _, pattern := range []string{"*.go", "*.lua"} {
-		for _, name := range matchingFiles(t, pattern) {
-			number := 0
-			for line := range strings.Lines(string(readFile(t, name))) {
-				number++
-				if n := columns(strings.TrimRight(line, "\n")); n > maxColumns {
-					t.Errorf("%s:%d: %d columns, at most %d", name, number, n, maxColumns)
+		for name, source := range productionFiles(t, pattern) {
+			for i, line := range strings.Split(source, "\n") {
+				if n := columns(line); n > maxColumns {
+					t.Errorf("%s:%d: %d columns, at most %d", name, i+1, n, maxColumns)
 				}
 			}
 		}
@@ -168,23 +155,6 @@ func columns(line string) int {
 		}
 	}
 	return n
-}
-
-func TestFunctionLength(t *testing.T) {
-	fset, files := productionFiles(t)
-	for _, file := range files {
-		for _, decl := range file.Decls {
-			f, ok := decl.(*ast.FuncDecl)
-			if !ok {
-				continue
-			}
-			n := fset.Position(f.End()).Line - fset.Position(f.Pos()).Line + 1
-			if n > maxFunctionLines {
-				t.Errorf("%v: %s has %d lines, at most %d",
-					fset.Position(f.Pos()), f.Name.Name, n, maxFunctionLines)
-			}
-		}
-	}
 }
 
 // noImports leaves all other packages unknown, since only our own files matter here.
@@ -213,7 +183,7 @@ func resolve(fset *token.FileSet, files map[string]*ast.File) map[*ast.Ident]typ
 }
 
 func TestWhoMayUseWhom(t *testing.T) {
-	fset, files := productionFiles(t)
+	fset, files := parseFiles(t)
 	for name, file := range files {
 		for _, spec := range file.Imports {
 			path, _ := strconv.Unquote(spec.Path.Value)
@@ -246,10 +216,10 @@ func TestWhoMayUseWhom(t *testing.T) {
 	}
 }
 
-// TestHouseRules holds that there is no init and no package variable that changes, that only main
-// ends the process, that jwt.go has no clock, and that SQL is in store.go.
+// TestHouseRules holds that no function is too long or named init, that no package variable changes,
+// that only main ends the process, that jwt.go has no clock, and that SQL is in store.go.
 func TestHouseRules(t *testing.T) {
-	fset, files := productionFiles(t)
+	fset, files := parseFiles(t)
 	objects := resolve(fset, files)
 	for name, file := range files {
 		for _, decl := range file.Decls {
@@ -257,18 +227,16 @@ func TestHouseRules(t *testing.T) {
 			if f, ok := decl.(*ast.FuncDecl); ok {
 				function = f.Name.Name
 			}
-			if function == "init" {
-				t.Errorf("%v: init function", fset.Position(decl.Pos()))
+			begin := fset.Position(decl.Pos())
+			n := fset.Position(decl.End()).Line - begin.Line + 1
+			if function == "init" || function != "" && n > maxFunctionLines {
+				t.Errorf("%v: %s is init, or longer than %d lines", begin, function, maxFunctionLines)
 			}
-			ast.Inspect(decl, func(n ast.Node) bool {
-				if n == nil {
-					return false
-				}
+			for n := range ast.Preorder(decl) {
 				if fault := houseRule(n, name, function, objects); fault != "" {
 					t.Errorf("%v: %s", fset.Position(n.Pos()), fault)
 				}
-				return true
-			})
+			}
 		}
 	}
 }
@@ -337,24 +305,19 @@ func root(target ast.Expr) *ast.Ident {
 	}
 }
 
+// TestModule holds that the module requires three others directly, and replaces none.
 func TestModule(t *testing.T) {
-	var direct []string
-	for line := range bytes.Lines(readFile(t, "go.mod")) {
-		fields := strings.Fields(strings.TrimPrefix(string(line), "require "))
-		if len(fields) == 2 && strings.HasPrefix(fields[1], "v") {
-			direct = append(direct, fields[0])
-		}
-		if strings.HasPrefix(string(line), "replace") {
-			t.Errorf("go.mod: %s", line)
-		}
+	data, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
 	}
-	slices.Sort(direct)
-	want := []string{
-		"github.com/jackc/pgx/v5",
-		"github.com/redis/go-redis/v9",
-		"golang.org/x/crypto",
+	direct := regexp.MustCompile(`(?m)^(?:require)?\s+(\S+) v\S+$`).FindAllSubmatch(data, -1)
+	got := ""
+	for _, match := range direct {
+		got += string(match[1]) + " "
 	}
-	if !slices.Equal(direct, want) {
-		t.Errorf("go.mod requires %v directly, want %v", direct, want)
+	const want = "github.com/jackc/pgx/v5 github.com/redis/go-redis/v9 golang.org/x/crypto "
+	if got != want || strings.Contains(string(data), "replace") {
+		t.Errorf("go.mod requires %s directly, want %s", got, want)
 	}
 }

@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -114,16 +113,6 @@ func execSQL(t testing.TB, database, sql string, args ...any) {
 	}
 }
 
-// queryText returns the one value that a query yields, as text.
-func queryText(t testing.TB, database, sql string, args ...any) string {
-	t.Helper()
-	var value string
-	if err := connect(t, database).QueryRow(t.Context(), sql, args...).Scan(&value); err != nil {
-		t.Fatal(err)
-	}
-	return value
-}
-
 // redisClient returns a client for what happens behind the server's back. Tests touch only keys of
 // their own users and addresses, because others may use this Redis too.
 func redisClient(t testing.TB) *redis.Client {
@@ -162,7 +151,6 @@ func testEnvironment(t testing.TB, env map[string]string) map[string]string {
 		"BCRYPT_COST":      "4",
 		"RATE_LIMIT_MAX":   "0",
 		"LOGIN_LIMIT_MAX":  "0",
-		"TRUSTED_PROXIES":  "127.0.0.0/8",
 		"SHUTDOWN_TIMEOUT": "500ms",
 	}
 	maps.Copy(all, testSecrets)
@@ -175,8 +163,8 @@ func lookup(env map[string]string) func(name string) string {
 	return func(name string) string { return env[name] }
 }
 
-// runCommand runs a subcommand in the environment of a test server, changed by env, and returns what it
-// printed.
+// runCommand runs a subcommand in the environment of a test server, changed by env, and returns
+// what it printed.
 func runCommand(t testing.TB, env map[string]string, args ...string) (string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -193,7 +181,7 @@ type server struct {
 	database string
 	handler  http.Handler // of startApp
 	http     *http.Client
-	log      *logLines
+	log      *logBuffer
 	stop     func() error // does what SIGTERM does, and returns what run returned
 
 	mu       sync.Mutex
@@ -210,7 +198,7 @@ func newTestServer(t testing.TB, env map[string]string) *server {
 			Transport: &http.Transport{MaxIdleConnsPerHost: 1000},
 			Timeout:   time.Minute,
 		},
-		log:     newLogLines(),
+		log:     &logBuffer{listening: make(chan string, 1)},
 		secrets: map[string]bool{},
 	}
 	s.keepSecret(env["JWT_SECRET"], env["JWT_REFRESH_SECRET"])
@@ -230,57 +218,41 @@ func start(t testing.TB, env map[string]string) *server {
 	s := newTestServer(t, all)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() {
-		err := run(ctx, nil, lookup(all), s.log, io.Discard)
-		s.log.end(err)
-		done <- err
-	}()
+	go func() { done <- run(ctx, nil, lookup(all), s.log, io.Discard) }()
 	s.stop = sync.OnceValue(func() error {
 		s.http.CloseIdleConnections()
 		cancel()
 		return <-done
 	})
+	select {
+	case addr := <-s.log.listening:
+		s.url = "http://127.0.0.1:" + portOf(addr)
+	case err := <-done:
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		if err := s.stop(); err != nil {
 			t.Errorf("run returned %v", err)
 		}
 		s.checkLog()
 	})
-	listening := s.log.await(t, func(line logLine) bool { return line["for"] == "PORT" })
-	s.url = "http://127.0.0.1:" + portOf(listening["addr"])
 	return s
 }
 
-// startApp serves what run would serve, but on a listener and with clients of the stores that are
-// the test's own. No listener means an ordinary one, no recorder means that nothing is recorded.
-func startApp(
-	t testing.TB,
-	env map[string]string,
-	listener net.Listener,
-	calls *recorder,
-) *server {
+// startApp serves on a listener of the test's own what run would serve.
+func startApp(t testing.TB, listener net.Listener) *server {
 	t.Helper()
-	if listener == nil {
-		var err error
-		if listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
-			t.Fatal(err)
-		}
-	}
-	all := testEnvironment(t, env)
-	s := newTestServer(t, all)
-	cfg := newEnvironment(lookup(all)).config()
+	env := testEnvironment(t, nil)
+	s := newTestServer(t, env)
+	cfg := newEnvironment(lookup(env)).config()
 	if _, err := migrate(t.Context(), cfg.database.ConnConfig, schemaSQL); err != nil {
 		t.Fatal(err)
-	}
-	rdb := redis.NewUniversalClient(cfg.redis)
-	if calls != nil {
-		cfg.database.ConnConfig.Tracer = calls
-		rdb.AddHook(calls)
 	}
 	db, err := pgxpool.NewWithConfig(context.Background(), cfg.database)
 	if err != nil {
 		t.Fatal(err)
 	}
+	rdb := redis.NewUniversalClient(cfg.redis)
 	log := newLogger(cfg, s.log)
 	app, err := newApp(cfg, log, db, rdb)
 	if err != nil {
@@ -291,74 +263,12 @@ func startApp(
 	httpServer := newServer(app.handler, log)
 	go func() { _ = httpServer.Serve(listener) }()
 	t.Cleanup(func() {
-		s.http.CloseIdleConnections()
 		httpServer.Close()
 		db.Close()
 		rdb.Close()
 		s.checkLog()
 	})
 	return s
-}
-
-// recorder records the calls of a server to its stores, in their order: "sql" for a statement of
-// PostgreSQL, and for a command of Redis the kind of its key.
-type recorder struct {
-	mu    sync.Mutex
-	calls []string
-}
-
-func (rec *recorder) add(call string) {
-	rec.mu.Lock()
-	defer rec.mu.Unlock()
-	rec.calls = append(rec.calls, call)
-}
-
-// addCommand adds the kind of a command's first key. A command that opens a connection has no key.
-func (rec *recorder) addCommand(cmd redis.Cmder) {
-	for _, arg := range cmd.Args() {
-		if kind, _, isKey := strings.Cut(fmt.Sprint(arg), ":{"); isKey {
-			rec.add(kind)
-			return
-		}
-	}
-}
-
-// take returns the calls since it was called last.
-func (rec *recorder) take() []string {
-	rec.mu.Lock()
-	defer rec.mu.Unlock()
-	calls := rec.calls
-	rec.calls = nil
-	return calls
-}
-
-func (rec *recorder) TraceQueryStart(
-	ctx context.Context,
-	_ *pgx.Conn,
-	_ pgx.TraceQueryStartData,
-) context.Context {
-	rec.add("sql")
-	return ctx
-}
-
-func (rec *recorder) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
-
-func (rec *recorder) DialHook(next redis.DialHook) redis.DialHook { return next }
-
-func (rec *recorder) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
-	return func(ctx context.Context, cmd redis.Cmder) error {
-		rec.addCommand(cmd)
-		return next(ctx, cmd)
-	}
-}
-
-func (rec *recorder) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return func(ctx context.Context, cmds []redis.Cmder) error {
-		for _, cmd := range cmds {
-			rec.addCommand(cmd)
-		}
-		return next(ctx, cmds)
-	}
 }
 
 // replicas starts two servers on the same stores.
@@ -369,6 +279,17 @@ func replicas(t testing.TB, env map[string]string) []*server {
 
 func portOf(address string) string {
 	return address[strings.LastIndexByte(address, ':')+1:]
+}
+
+// listenLocally returns a listener on a free port.
+func listenLocally(t testing.TB) *net.TCPListener {
+	t.Helper()
+	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	return listener
 }
 
 // keepSecret notes what must not appear in the log. Short words could be there by chance.
@@ -391,27 +312,23 @@ func (s *server) expect(statuses ...int) {
 // that the test has not provoked.
 func (s *server) checkLog() {
 	raw := s.log.String()
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	for secret := range s.secrets {
 		if strings.Contains(raw, secret) {
 			s.t.Errorf("the log has the secret %q:\n%s", secret, raw)
 		}
 	}
-	for _, line := range s.log.all() {
-		if line["msg"] == "request" {
-			s.checkRequestLine(line)
-		} else if line["level"] == "ERROR" {
-			s.t.Errorf("an error in the log: %v", line)
+	for line := range strings.Lines(raw) {
+		fields := parseLogLine(line)
+		if fields["msg"] == "request" {
+			s.checkRequestLine(fields)
+		} else if fields["level"] == "ERROR" {
+			s.t.Errorf("an error in the log: %s", line)
 		}
 	}
 }
 
-func (s *server) checkRequestLine(line logLine) {
-	required := []string{
-		"time", "level", "requestId", "method", "path", "status", "durationMs", "ip",
-	}
-	for _, name := range required {
+func (s *server) checkRequestLine(line map[string]string) {
+	for name := range strings.FieldsSeq("time level requestId method path status durationMs ip") {
 		if line[name] == "" {
 			s.t.Errorf("a request without %s in the log: %v", name, line)
 		}
@@ -428,87 +345,43 @@ func (s *server) checkRequestLine(line logLine) {
 	}
 }
 
-// logLines takes what a server logs, a line in each Write.
-type logLines struct {
-	mu      sync.Mutex
-	lines   []string
-	changed chan struct{} // is closed at the next change
-	ended   bool
+// logBuffer takes what a server logs, a line in each Write.
+type logBuffer struct {
+	listening chan string // gets the address of the server once it is there
+
+	mu  sync.Mutex
+	log bytes.Buffer
 }
 
-// logLine is a line of the log by its fields.
-type logLine map[string]string
-
-func newLogLines() *logLines {
-	return &logLines{changed: make(chan struct{})}
-}
-
-func (l *logLines) Write(p []byte) (int, error) {
-	l.add(string(p), false)
-	return len(p), nil
-}
-
-// end notes that no more lines follow, and why.
-func (l *logLines) end(err error) {
-	l.add(fmt.Sprintf("msg=ended because=%q\n", fmt.Sprint(err)), true)
-}
-
-func (l *logLines) add(line string, last bool) {
+func (l *logBuffer) Write(p []byte) (int, error) {
+	if line := parseLogLine(string(p)); line["for"] == "PORT" {
+		l.listening <- line["addr"]
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.lines = append(l.lines, line)
-	l.ended = last
-	close(l.changed)
-	l.changed = make(chan struct{})
+	return l.log.Write(p)
 }
 
-func (l *logLines) String() string {
+func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return strings.Join(l.lines, "")
+	return l.log.String()
 }
 
 // logField matches one field of a line of slog's text handler.
 var logField = regexp.MustCompile(`([A-Za-z]+)=("(?:[^"\\]|\\.)*"|\S*)`)
 
-// all returns the lines so far.
-func (l *logLines) all() []logLine {
-	var parsed []logLine
-	for text := range strings.Lines(l.String()) {
-		line := logLine{}
-		for _, match := range logField.FindAllStringSubmatch(text, -1) {
-			value, err := strconv.Unquote(match[2])
-			if err != nil {
-				value = match[2]
-			}
-			line[match[1]] = value
+// parseLogLine returns the fields of a line.
+func parseLogLine(line string) map[string]string {
+	fields := map[string]string{}
+	for _, match := range logField.FindAllStringSubmatch(line, -1) {
+		value, err := strconv.Unquote(match[2])
+		if err != nil {
+			value = match[2]
 		}
-		parsed = append(parsed, line)
+		fields[match[1]] = value
 	}
-	return parsed
-}
-
-// await returns the first line that matches, as soon as it is there.
-func (l *logLines) await(t testing.TB, match func(logLine) bool) logLine {
-	t.Helper()
-	timeout := time.After(time.Minute)
-	for {
-		l.mu.Lock()
-		changed, ended := l.changed, l.ended
-		l.mu.Unlock()
-		all := l.all()
-		if i := slices.IndexFunc(all, match); i >= 0 {
-			return all[i]
-		}
-		if ended {
-			t.Fatalf("no such line in the log:\n%s", l)
-		}
-		select {
-		case <-changed:
-		case <-timeout:
-			t.Fatalf("no such line in the log yet:\n%s", l)
-		}
-	}
+	return fields
 }
 
 // The client
@@ -517,7 +390,6 @@ func (l *logLines) await(t testing.TB, match func(logLine) bool) logLine {
 type client struct {
 	t        testing.TB
 	s        *server
-	ip       string // as a trusted proxy reports it
 	email    string
 	password string
 	access   string // the last access token; none is sent if it is empty
@@ -529,7 +401,6 @@ func newClient(s *server) *client {
 	return &client{
 		t:        s.t,
 		s:        s,
-		ip:       randomIP(),
 		email:    strings.ToLower(rand.Text()) + "@example.test",
 		password: "pw " + rand.Text(),
 	}
@@ -541,11 +412,6 @@ func signedUp(s *server) *client {
 	c := newClient(s)
 	want(c.t, c.signup(), 201, "")
 	return c
-}
-
-func randomIP() string {
-	n := mathrand.Uint32()
-	return net.IPv4(10, byte(n>>16), byte(n>>8), byte(n)).String()
 }
 
 // tab returns another tab of the same browser: it has the same tokens until one of the two refreshes.
@@ -564,7 +430,6 @@ func (c *client) at(s *server) *client {
 // device returns the same user at another device, not logged in.
 func (c *client) device() *client {
 	d := c.tab()
-	d.ip = randomIP()
 	d.access = ""
 	d.cookie = ""
 	return d
@@ -609,23 +474,15 @@ func decodePayload(token string) string {
 	return string(payload)
 }
 
-func (c *client) signup() response {
-	return c.do("POST", "/auth/signup", object{"email": c.email, "password": c.password})
-}
-
-func (c *client) login() response {
-	return c.do("POST", "/auth/login", object{"email": c.email, "password": c.password})
-}
-
-func (c *client) refresh() response { return c.do("POST", "/auth/refresh", nil) }
-
-func (c *client) logout() response { return c.do("POST", "/auth/logout", nil) }
-
-func (c *client) me() response { return c.do("GET", "/auth/me", nil) }
-
-func (c *client) sessions() response { return c.do("GET", "/auth/sessions", nil) }
-
-func (c *client) revokeAll() response { return c.do("DELETE", "/auth/sessions", nil) }
+func (c *client) signup() response        { return c.do("POST", "/auth/signup", c.credentials()) }
+func (c *client) login() response         { return c.do("POST", "/auth/login", c.credentials()) }
+func (c *client) refresh() response       { return c.do("POST", "/auth/refresh", nil) }
+func (c *client) logout() response        { return c.do("POST", "/auth/logout", nil) }
+func (c *client) me() response            { return c.do("GET", "/auth/me", nil) }
+func (c *client) sessions() response      { return c.do("GET", "/auth/sessions", nil) }
+func (c *client) revokeAll() response     { return c.do("DELETE", "/auth/sessions", nil) }
+func (c *client) ready() response         { return c.do("GET", "/readyz", nil) }
+func (c *client) deleteAccount() response { return c.do("DELETE", "/auth/me", c.credentials()) }
 
 func (c *client) revoke(sessionID string) response {
 	return c.do("DELETE", "/auth/sessions/"+sessionID, nil)
@@ -636,8 +493,11 @@ func (c *client) changePassword(newPassword string) response {
 	return c.do("PUT", "/auth/password", body)
 }
 
-func (c *client) deleteAccount() response {
-	return c.do("DELETE", "/auth/me", object{"password": c.password})
+// renewPassword changes the password to the same one, which is a change like any other.
+func (c *client) renewPassword() response { return c.changePassword(c.password) }
+
+func (c *client) credentials() object {
+	return object{"email": c.email, "password": c.password}
 }
 
 // object is a JSON object of strings.
@@ -646,7 +506,6 @@ type object map[string]string
 // response is an answer, read to its end.
 type response struct {
 	status int
-	header http.Header
 	raw    string
 	body   map[string]any
 	took   time.Duration
@@ -682,7 +541,6 @@ func (c *client) do(method, path string, body object, headers ...string) respons
 		c.t.Error(err)
 		return response{}
 	}
-	req.Header.Set("X-Forwarded-For", c.ip)
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
@@ -695,50 +553,32 @@ func (c *client) do(method, path string, body object, headers ...string) respons
 	for pair := range slices.Chunk(headers, 2) {
 		req.Header.Set(pair[0], pair[1])
 	}
-	r, err := c.s.send(req)
+	sent := time.Now()
+	resp, err := c.s.http.Do(req)
 	if err != nil {
 		c.t.Errorf("%s %s: %v", method, path, err)
 		return response{}
 	}
-	c.keep(r)
-	refused := r.status == 429 || r.status == 503
-	if refused && (r.header.Get("Retry-After") == "" || r.header.Get("Set-Cookie") != "") {
-		c.t.Errorf("%s %s: a 429 or 503 says when to come back and leaves the cookie: %v",
-			method, path, r.header)
-	}
-	return r
-}
-
-// send sends a request and reads the answer.
-func (s *server) send(req *http.Request) (response, error) {
-	sent := time.Now()
-	resp, err := s.http.Do(req)
-	if err != nil {
-		return response{}, err
-	}
 	defer resp.Body.Close()
 	raw, err := io.ReadAll(resp.Body)
 	if err != nil {
-		return response{}, err
+		c.t.Errorf("%s %s: %v", method, path, err)
 	}
-	r := response{
-		status: resp.StatusCode,
-		header: resp.Header,
-		raw:    string(raw),
-		took:   time.Since(sent),
-	}
-	return r, json.Unmarshal(raw, &r.body)
-}
-
-// keep takes over the tokens of an answer, as a browser and its page would.
-func (c *client) keep(r response) {
+	r := response{status: resp.StatusCode, raw: string(raw), took: time.Since(sent)}
+	_ = json.Unmarshal(raw, &r.body) // an answer that is no JSON has no code
 	if token := r.text("accessToken"); token != "" {
 		c.access = token
 	}
-	for _, cookie := range (&http.Response{Header: r.header}).Cookies() {
+	for _, cookie := range resp.Cookies() {
 		c.cookie = cookie.Value
 	}
 	c.s.keepSecret(c.access, c.cookie)
+	refused := r.status == 429 || r.status == 503
+	if refused && (resp.Header.Get("Retry-After") == "" || len(resp.Cookies()) > 0) {
+		c.t.Errorf("%s %s: a 429 or 503 says when to come back and leaves the cookie: %v",
+			method, path, resp.Header)
+	}
+	return r
 }
 
 // want ends the test unless the answer has that status and, if it is an error, that code.
@@ -772,15 +612,6 @@ func wantDead(t testing.TB, servers []*server, clients ...*client) {
 			}
 		}
 	}
-}
-
-// tally counts the answers of each kind.
-func tally(answers []response) map[string]int {
-	counts := map[string]int{}
-	for _, r := range answers {
-		counts[r.String()]++
-	}
-	return counts
 }
 
 // together calls f n times at once and returns what the calls returned.
@@ -821,61 +652,51 @@ type proxy struct {
 	target   string
 	listener net.Listener
 
-	mu     sync.Mutex
-	cut    bool          // no connection is accepted
-	steals bool          // the next reply of Redis is lost
-	open   chan struct{} // is closed while bytes pass
-	conns  map[net.Conn]bool
+	mu       sync.Mutex
+	requests int           // what the server has sent, in pieces
+	cut      bool          // no connection is accepted
+	steals   bool          // the next reply of Redis is lost
+	open     chan struct{} // is closed while bytes pass
+	conns    []net.Conn
 }
 
 // newProxy returns a proxy before a store whose URL is given.
 func newProxy(t testing.TB, network, target, storeURL string) *proxy {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	u, err := url.Parse(storeURL)
 	if err != nil {
 		t.Fatal("the URL of a store is no URL")
 	}
-	u.Host = listener.Addr().String()
+	p := &proxy{
+		network:  network,
+		target:   target,
+		listener: listenLocally(t),
+		open:     make(chan struct{}),
+	}
+	close(p.open)
+	u.Host = p.listener.Addr().String()
 	query := u.Query()
 	query.Del("host")
 	query.Del("port")
 	u.RawQuery = query.Encode()
-	p := &proxy{
-		url:      u.String(),
-		network:  network,
-		target:   target,
-		listener: listener,
-		open:     make(chan struct{}),
-		conns:    map[net.Conn]bool{},
-	}
-	close(p.open)
+	p.url = u.String()
 	go func() {
 		for {
-			conn, err := listener.Accept()
+			conn, err := p.listener.Accept()
 			if err != nil {
 				return
 			}
 			go p.serve(conn)
 		}
 	}()
-	t.Cleanup(func() {
-		p.Cut()
-		listener.Close()
-	})
+	t.Cleanup(p.Cut)
 	return p
 }
 
 // postgresProxy returns a proxy before the shared database.
 func postgresProxy(t testing.TB) *proxy {
 	t.Helper()
-	database, err := sharedDatabase()
-	if err != nil {
-		t.Fatal(err)
-	}
+	database := testEnvironment(t, nil)["DATABASE_URL"]
 	config, err := pgconn.ParseConfig(database)
 	if err != nil {
 		t.Fatal("DATABASE_URL cannot be read")
@@ -904,37 +725,54 @@ func (p *proxy) serve(client net.Conn) {
 		store.Close()
 		return
 	}
-	p.conns[client] = true
-	p.conns[store] = true
-	go p.pass(client, store, false)
-	go p.pass(store, client, true)
+	p.conns = append(p.conns, client, store)
+	go p.pass(client, store, p.noteRequest)
+	go p.pass(store, client, p.noteReply)
 }
 
-// pass copies bytes, while they may pass, until one side is closed.
-func (p *proxy) pass(from, to net.Conn, replies bool) {
+// pass copies bytes, while they may pass, until one side is closed or note returns false.
+func (p *proxy) pass(from, to net.Conn, note func(first byte) bool) {
 	defer from.Close()
 	defer to.Close()
 	buffer := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buffer)
-		if err != nil {
+		if err != nil || !note(buffer[0]) {
 			return
 		}
 		p.mu.Lock()
 		open := p.open
-		stolen := replies && p.steals && buffer[0] != '-' // which would be an error
-		if stolen {
-			p.steals = false
-		}
 		p.mu.Unlock()
-		if stolen {
-			return
-		}
 		<-open
 		if _, err := to.Write(buffer[:n]); err != nil {
 			return
 		}
 	}
+}
+
+func (p *proxy) noteRequest(byte) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.requests++
+	return true
+}
+
+// noteReply returns false for a reply that is stolen. One that begins with "-" is an error.
+func (p *proxy) noteReply(first byte) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.steals && first != '-' {
+		p.steals = false
+		return false
+	}
+	return true
+}
+
+// Requests returns how many requests have passed.
+func (p *proxy) Requests() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.requests
 }
 
 // Cut breaks all connections and accepts no new ones, as if the store's process were gone.
@@ -943,10 +781,10 @@ func (p *proxy) Cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.cut = true
-	for conn := range p.conns {
+	for _, conn := range p.conns {
 		conn.Close()
 	}
-	clear(p.conns)
+	p.conns = nil
 }
 
 // Pause accepts connections but lets nothing through, as if the store's process hung.
@@ -968,17 +806,14 @@ func (p *proxy) Restore() {
 	}
 }
 
-// StealReply breaks a connection instead of passing the next reply of Redis that is no error. The
-// command was carried out then, and the client cannot know.
-func (p *proxy) StealReply() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.steals = true
-}
-
-// wantStolen ends the test if the reply has not been stolen.
-func (p *proxy) wantStolen(t testing.TB) {
+// StealReply runs do, and breaks the connection instead of passing the first reply of Redis to it.
+// The command has been carried out then, and the server cannot know.
+func (p *proxy) StealReply(t testing.TB, do func()) {
 	t.Helper()
+	p.mu.Lock()
+	p.steals = true
+	p.mu.Unlock()
+	do()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.steals {
@@ -988,9 +823,13 @@ func (p *proxy) wantStolen(t testing.TB) {
 
 // Configuration
 
+const (
+	accessSecret  = "the access secret of a configuration"
+	refreshSecret = "the refresh secret of a configuration"
+)
+
 // faults returns what is wrong with a configuration that would be right without env.
 func faults(env map[string]string) string {
-	secret := strings.Repeat("s", 32)
 	all := map[string]string{
 		"NODE_ENV":           "production",
 		"PORT":               "3000",
@@ -998,8 +837,8 @@ func faults(env map[string]string) string {
 		"DB_POOL_SIZE":       "10",
 		"FRONTEND_URL":       "https://app.example.com",
 		"REDIS_URL":          "redis://h:6379",
-		"JWT_SECRET":         "access" + secret,
-		"JWT_REFRESH_SECRET": "refresh" + secret,
+		"JWT_SECRET":         accessSecret,
+		"JWT_REFRESH_SECRET": refreshSecret,
 	}
 	maps.Copy(all, env)
 	e := newEnvironment(lookup(all))
@@ -1010,87 +849,62 @@ func faults(env map[string]string) string {
 	return ""
 }
 
+// TestEachVariable holds the limits of each variable: the values before the arrow are good, those
+// behind it are faults. Values are separated by "|".
 func TestEachVariable(t *testing.T) {
-	long := strings.Repeat("l", 32)
-	access := "access" + strings.Repeat("s", 32)
-	refresh := "refresh" + strings.Repeat("s", 32)
-	goodDatabases := []string{
-		"postgres://u:p@h/d",
-		"postgres://u:top%40secret@h/d",
-		"postgresql://h1:5432,h2:5433/d?target_session_attrs=read-write",
-	}
-	badDatabases := []string{
-		"host=localhost",
-		"mysql://h/d",
-		"h",
-		"postgres://h:x/d",
-		"postgres_x=1 host=h",
-		"postgres://u:1/a-password-with-a-slash@h/d",
-		"postgres://u:top@secret@h/d",
-		"postgres://u:p@h/d?x=@",
-	}
-	goodOrigins := []string{
-		"http://localhost:5173",
-		"https://a.example/, http://b.example:8080",
-		"https://A.example:443",
-		"http://[::1]:3000",
-	}
-	badOrigins := []string{
-		"*", "null", "a.example", "ftp://a.example", "https://a.example/path", "https://a.example,*",
-		"https://*.example", "https://a.example?x", "https://u:p@a.example", ",",
-		",https://a.example", "https://a.example:", "https://exämple.com",
-	}
-	badSecrets := []string{long[1:], strings.Repeat("é", 31), " " + long, long + "\n"}
-	for _, test := range []struct {
-		name string
-		good []string
-		bad  []string
-	}{
-		{"NODE_ENV", []string{"", "staging", "development"}, []string{"test", "Production"}},
-		{"PORT", []string{"0", "65535"}, []string{"", "65536", "-1", "3000x", ":3000"}},
-		{"DATABASE_URL", goodDatabases, append(badDatabases, "")},
-		{"DB_POOL_SIZE", []string{"1", "50"}, []string{"", "0", "-1", "many"}},
-		{"FRONTEND_URL", goodOrigins, append(badOrigins, "")},
-		{
-			"REDIS_URL",
-			[]string{"redis://h:1", "rediss://u:p@h:1/2", "redis://h:1?addr=h:2&addr=h:3"},
-			[]string{"", "http://h", "h:6379", "redis://h:1/x", "redis://:top@secret@h:1"},
-		},
-		{"JWT_SECRET", []string{long, strings.Repeat("é", 32)}, append(badSecrets, "", refresh)},
-		{"JWT_REFRESH_SECRET", []string{long}, append(badSecrets, "", access)},
-		{"JWT_SECRET_PREVIOUS", []string{"", long}, append(badSecrets, access, refresh)},
-		{"JWT_REFRESH_SECRET_PREVIOUS", []string{"", long}, append(badSecrets, access, refresh)},
-		{"RATE_LIMIT_WINDOW", []string{"1"}, []string{"0", "-1", "60s", "1.5"}},
-		{"RATE_LIMIT_MAX", []string{"0", "1"}, []string{"-1", "ten"}},
-		{"LOGIN_LIMIT_WINDOW", []string{"1"}, []string{"0", "15m"}},
-		{"LOGIN_LIMIT_MAX", []string{"0", "1"}, []string{"-1", "1e3"}},
-		{"ACCESS_TOKEN_TTL", []string{"1s", "1h30m"}, []string{"0s", "-1m", "15", "1 h", "1.5s"}},
-		{"REFRESH_TOKEN_TTL", []string{"1s", "8760h"}, []string{"0s", "7d", "1500ms"}},
-		{"SESSION_MAX_TTL", []string{"1s", "8760h"}, []string{"0s", "30d"}},
-		{"REFRESH_REUSE_LEEWAY", []string{"0s", "50ms", "1m"}, []string{"-1s", "10", "1us"}},
-		{"REFRESH_REUSE_POLICY", []string{"", "refuse", "resend"}, []string{"accept"}},
-		{"COOKIE_SAMESITE", []string{"", "strict", "lax", "none"}, []string{"no"}},
-		{
-			"TRUSTED_PROXIES",
-			[]string{"10.0.0.0/8, fd00::/8", "127.0.0.1/32"},
-			[]string{"10.0.0.1", "10.0.0.0/33", "proxy", "10.0.0.0/8,x", "::ffff:10.0.0.0/104"},
-		},
-		{"BCRYPT_COST", []string{"12", "16"}, []string{"11", "17", "x"}},
-		{
-			"METRICS_ADDR",
-			[]string{"", ":9090", "127.0.0.1:0", "[::1]:9090"},
-			[]string{"9090", "host", ":99999", "localhost:x"},
-		},
-		{"LOG_LEVEL", []string{"", "debug", "info", "warn", "error"}, []string{"loud"}},
-		{"SHUTDOWN_TIMEOUT", []string{"1ms", "1m"}, []string{"0s", "-1s", "10"}},
+	for name, values := range map[string]string{
+		"NODE_ENV": `|staging|development -> test|Production`,
+		"PORT":     `0|65535 -> |65536|-1|3000x|:3000`,
+		"DATABASE_URL": `postgres://u:p@h/d|postgres://u:top%40secret@h/d` +
+			`|postgresql://h1:5432,h2:5433/d?target_session_attrs=read-write -> ` +
+			`|host=localhost|mysql://h/d|h|postgres://h:x/d|postgres_x=1 host=h` +
+			`|postgres://u:1/a-password-with-a-slash@h/d|postgres://u:top@secret@h/d` +
+			`|postgres://u:p@h/d?x=@`,
+		"DB_POOL_SIZE": `1|50 -> |0|-1|many`,
+		"FRONTEND_URL": `http://localhost:5173|https://a.example/, http://b.example:8080` +
+			`|https://A.example:443|http://[::1]:3000 -> ` +
+			`|*|null|a.example|ftp://a.example|https://a.example/path|https://a.example,*` +
+			`|https://*.example|https://a.example?x|https://u:p@a.example|,|,https://a.example` +
+			`|https://a.example:|https://exämple.com`,
+		"REDIS_URL": `redis://h:1|rediss://u:p@h:1/2|redis://h:1?addr=h:2&addr=h:3 -> ` +
+			`|http://h|h:6379|redis://h:1/x|redis://:top@secret@h:1`,
+		"JWT_SECRET":                  `LONG|ÉÉ -> |SHORT|É| LONG|LONG |LONG` + "\n|REFRESH",
+		"JWT_REFRESH_SECRET":          `LONG|ÉÉ -> |SHORT|É| LONG|LONG |LONG` + "\n|ACCESS",
+		"JWT_SECRET_PREVIOUS":         `|LONG -> SHORT| LONG|ACCESS|REFRESH`,
+		"JWT_REFRESH_SECRET_PREVIOUS": `|LONG -> SHORT| LONG|ACCESS|REFRESH`,
+		"RATE_LIMIT_WINDOW":           `1 -> 0|-1|60s|1.5`,
+		"RATE_LIMIT_MAX":              `0|1 -> -1|ten`,
+		"LOGIN_LIMIT_WINDOW":          `1 -> 0|15m`,
+		"LOGIN_LIMIT_MAX":             `0|1 -> -1|1e3`,
+		"ACCESS_TOKEN_TTL":            `1s|1h30m -> 0s|-1m|15|1 h|1.5s`,
+		"REFRESH_TOKEN_TTL":           `1s|8760h -> 0s|7d|1500ms`,
+		"SESSION_MAX_TTL":             `1s|8760h -> 0s|30d`,
+		"REFRESH_REUSE_LEEWAY":        `0s|50ms|1m -> -1s|10|1us`,
+		"REFRESH_REUSE_POLICY":        `|refuse|resend -> accept`,
+		"COOKIE_SAMESITE":             `|strict|lax|none -> no`,
+		"TRUSTED_PROXIES": `|10.0.0.0/8, fd00::/8|127.0.0.1/32 -> ` +
+			`10.0.0.1|10.0.0.0/33|proxy|10.0.0.0/8,x|::ffff:10.0.0.0/104`,
+		"BCRYPT_COST":      `12|16 -> 11|17|x`,
+		"METRICS_ADDR":     `|:9090|127.0.0.1:0|[::1]:9090 -> 9090|host|:99999|localhost:x`,
+		"LOG_LEVEL":        `|debug|info|warn|error -> loud`,
+		"SHUTDOWN_TIMEOUT": `1ms|1m -> 0s|-1s|10`,
 	} {
-		for _, value := range test.good {
-			if got := faults(map[string]string{test.name: value}); got != "" {
-				t.Errorf("%s=%q: %s", test.name, value, got)
+		secrets := strings.NewReplacer(
+			"LONG", strings.Repeat("l", 32),
+			"SHORT", strings.Repeat("l", 31),
+			"ÉÉ", strings.Repeat("é", 32),
+			"É", strings.Repeat("é", 31),
+			"ACCESS", accessSecret,
+			"REFRESH", refreshSecret,
+		)
+		good, bad, _ := strings.Cut(secrets.Replace(values), " -> ")
+		for value := range strings.SplitSeq(good, "|") {
+			if got := faults(map[string]string{name: value}); got != "" {
+				t.Errorf("%s=%q: %s", name, value, got)
 			}
 		}
-		for _, value := range test.bad {
-			checkFault(t, test.name, value)
+		for value := range strings.SplitSeq(bad, "|") {
+			checkFault(t, name, value)
 		}
 	}
 }
@@ -1108,33 +922,6 @@ func checkFault(t *testing.T, name, value string) {
 		if len(secret) >= 7 && strings.Contains(got, secret) {
 			t.Errorf("%s=%q is shown: %s", name, value, got)
 		}
-	}
-}
-
-func TestDevelopment(t *testing.T) {
-	for _, test := range []struct {
-		name  string
-		value string
-		fault bool
-	}{
-		{"BCRYPT_COST", "3", true},
-		{"BCRYPT_COST", "4", false},
-		{"COOKIE_SAMESITE", "none", true}, // a browser takes it only together with Secure
-		{"PORT", "", false},
-		{"JWT_SECRET", "", false},
-	} {
-		env := map[string]string{"NODE_ENV": "development", test.name: test.value}
-		if got := faults(env); strings.HasPrefix(got, test.name) != test.fault {
-			t.Errorf("%s=%q in development: %q", test.name, test.value, got)
-		}
-	}
-	e := newEnvironment(lookup(map[string]string{"NODE_ENV": "development"}))
-	cfg := e.config()
-	if err := e.err(); err != nil {
-		t.Errorf("development needs a variable: %v", err)
-	}
-	if len(cfg.access.current) < 32 || bytes.Equal(cfg.access.current, cfg.refresh.current) {
-		t.Errorf("random secrets %q and %q", cfg.access.current, cfg.refresh.current)
 	}
 }
 
@@ -1179,17 +966,10 @@ func TestHealthcheckCommand(t *testing.T) {
 
 func TestStartFails(t *testing.T) {
 	taken := portOf(start(t, nil).url)
-	for name, value := range map[string]string{
-		"PORT":         taken,
-		"METRICS_ADDR": ":" + taken,
-		"DATABASE_URL": "postgres://u:hunter2hunter2@127.0.0.1:1/d",
-	} {
+	for name, value := range map[string]string{"PORT": taken, "METRICS_ADDR": ":" + taken} {
 		_, err := runCommand(t, map[string]string{name: value})
 		if err == nil || !strings.HasPrefix(err.Error(), name) {
 			t.Errorf("%s=%s: %v", name, value, err)
-		}
-		if err != nil && strings.Contains(err.Error(), "hunter2") {
-			t.Errorf("the password is shown: %v", err)
 		}
 	}
 }

@@ -37,7 +37,7 @@ func wantCounts(t *testing.T, email string, ip netip.Addr, pair, account, addres
 	}
 }
 
-// TestUnjudgedAttempt holds that an attempt to log in counts nowhere if no hashing slot was free.
+// TestUnjudgedAttempt holds that an attempt to log in counts nowhere if hashing is saturated.
 func TestUnjudgedAttempt(t *testing.T) {
 	h := newTestHasher(t)
 	rdb := redisClient(t)
@@ -56,7 +56,7 @@ func TestUnjudgedAttempt(t *testing.T) {
 		t.Errorf("judgePassword = %v", err)
 	}
 	wantCounts(t, email, ip, 1, 1, 1)
-	h.slots <- struct{}{}
+	h.waiting.Store(hashQueue)
 	if err := judge(); err != errOverloaded {
 		t.Errorf("judgePassword = %v", err)
 	}
@@ -69,14 +69,15 @@ func TestGiveBackAfterTheWindow(t *testing.T) {
 	rdb := redisClient(t)
 	l := &loginLimiter{window: fixedWindow{rdb, 60}, max: 3}
 	email, ip := rand.Text()+"@example.test", randomAddr()
-	for _, giveBack := range []func(context.Context, string, netip.Addr) error{l.giveBack, l.succeeded} {
-		if err := giveBack(t.Context(), email, ip); err != nil {
-			t.Error(err)
-		}
-		keys := []string{pairKey(email, ip), accountKey(email), addressKey(ip)}
-		if n := rdb.Exists(t.Context(), keys...).Val(); n != 0 {
-			t.Errorf("%d counters were made", n)
-		}
+	if err := l.giveBack(t.Context(), email, ip); err != nil {
+		t.Error(err)
+	}
+	if err := l.succeeded(t.Context(), email, ip); err != nil {
+		t.Error(err)
+	}
+	keys := []string{pairKey(email, ip), accountKey(email), addressKey(ip)}
+	if n := rdb.Exists(t.Context(), keys...).Val(); n != 0 {
+		t.Errorf("%d counters were made", n)
 	}
 }
 
@@ -102,11 +103,11 @@ func TestLostReplyIsCountedOnce(t *testing.T) {
 			if _, _, err := l.take(t.Context(), ip); err != nil { // now Redis knows the script
 				t.Fatal(err)
 			}
-			p.StealReply()
-			if _, _, err := l.take(t.Context(), ip); err == nil {
-				t.Error("a decision without a reply")
-			}
-			p.wantStolen(t)
+			p.StealReply(t, func() {
+				if _, _, err := l.take(t.Context(), ip); err == nil {
+					t.Error("a decision without a reply")
+				}
+			})
 			left, _, err := l.take(t.Context(), ip)
 			if left != 7 || err != nil {
 				t.Errorf("%d requests are left (%v), want 7", left, err)

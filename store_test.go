@@ -2,18 +2,15 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"io"
-	"net"
+	"maps"
 	"net/url"
 	"os/exec"
 	"slices"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
 )
@@ -23,10 +20,15 @@ import (
 // relations lists what a database has, to see that nothing was changed.
 func relations(t testing.TB, database string) string {
 	t.Helper()
-	return queryText(t, database, `
-		SELECT coalesce(string_agg(relname, ' ' ORDER BY relname), '')
+	var names string
+	err := connect(t, database).QueryRow(t.Context(), `
+		SELECT coalesce(string_agg(relname, ' '), '')
 		FROM pg_class
-		WHERE relnamespace = 'public'::regnamespace`)
+		WHERE relnamespace = 'public'::regnamespace`).Scan(&names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names
 }
 
 func TestMigrateCommand(t *testing.T) {
@@ -114,48 +116,46 @@ func TestServesWithoutDDLRights(t *testing.T) {
 
 // Round trips
 
-// TestRoundTrips holds what each request costs, once the connections are there and Redis knows the
-// scripts.
+// TestRoundTrips holds how often each request asks PostgreSQL and Redis. A transaction takes a
+// statement to begin and one to commit. Where a Bearer token is shown, one command asks whether its
+// session lives.
 func TestRoundTrips(t *testing.T) {
-	calls := &recorder{}
-	env := map[string]string{"RATE_LIMIT_MAX": "1000"}
-	s := startApp(t, env, nil, calls)
-	dear := startApp(t, map[string]string{"BCRYPT_COST": "5"}, nil, calls)
-	c := signedUp(s)
-	other := c.loggedIn()
-	all := []string{"rate-limit", "session"} // the rate limit and requireAuth
+	postgres, redis := postgresProxy(t), redisProxy(t)
+	env := map[string]string{"DATABASE_URL": postgres.url, "REDIS_URL": redis.url}
+	s := start(t, env)
+	env["RATE_LIMIT_MAX"] = "1000"
+	limited := start(t, env)
+	env["BCRYPT_COST"] = "5"
+	dear := start(t, env)
 	for _, test := range []struct {
-		name    string
-		request func() response
-		want    []string
+		name     string
+		request  func(c *client) response
+		postgres int
+		redis    int
 	}{
-		{"refresh", c.refresh, []string{"rate-limit", "sql", "user-sessions"}},
-		{"me", c.me, append(all, "sql")},
-		{"list", c.sessions, append(all, "user-sessions")},
-		{"revoke", func() response { return c.revoke(other.sessionID()) }, append(all, "user-sessions")},
-		// A transaction takes a statement to begin and one to commit.
-		{"login", c.login, []string{"rate-limit", "sql", "sql", "sql", "user-sessions", "sql"}},
-		{
-			"rehash at login",
-			c.at(dear).login,
-			[]string{
-				"sql", "sql", "sql", "user-sessions", "sql",
-				"sql", "sql", "user-sessions", "sql",
-			},
-		},
-		{
-			"change the password",
-			func() response { return c.changePassword(c.password) },
-			append(all, "sql", "sql", "sql", "user-sessions", "sql"),
-		},
-		{"revoke all", c.revokeAll, append(all, "user-sessions")},
-		{"log in again", c.login, []string{"rate-limit", "sql", "sql", "sql", "user-sessions", "sql"}},
-		{"logout", c.logout, []string{"rate-limit", "user-sessions"}},
+		{"refresh", (*client).refresh, 1, 1},
+		{"refresh, limited", func(c *client) response { return c.at(limited).refresh() }, 1, 2},
+		{"me", (*client).me, 1, 1},
+		{"list", (*client).sessions, 0, 2},
+		{"revoke one", func(c *client) response { return c.revoke(c.sessionID()) }, 0, 2},
+		{"revoke all", (*client).revokeAll, 0, 2},
+		{"logout", (*client).logout, 0, 1},
+		{"login", (*client).login, 4, 1},
+		{"login, rehashed, limited", func(c *client) response { return c.at(dear).login() }, 7, 3},
+		{"change the password", (*client).renewPassword, 4, 2},
+		{"delete the account", (*client).deleteAccount, 4, 2},
 	} {
-		calls.take()
-		want(t, test.request(), 200, "")
-		if got := calls.take(); !slices.Equal(got, test.want) {
-			t.Errorf("%s: %q, want %q", test.name, got, test.want)
+		fewestPostgres, fewestRedis := 100, 100
+		for range 3 { // the first one opens connections, and teaches Redis the scripts
+			c := signedUp(s)
+			beforePostgres, beforeRedis := postgres.Requests(), redis.Requests()
+			want(t, test.request(c), 200, "")
+			fewestPostgres = min(fewestPostgres, postgres.Requests()-beforePostgres)
+			fewestRedis = min(fewestRedis, redis.Requests()-beforeRedis)
+		}
+		if fewestPostgres != test.postgres || fewestRedis != test.redis {
+			t.Errorf("%s asks PostgreSQL %d times and Redis %d times, want %d and %d",
+				test.name, fewestPostgres, fewestRedis, test.postgres, test.redis)
 		}
 	}
 }
@@ -165,41 +165,24 @@ func TestRoundTrips(t *testing.T) {
 const rounds = 10
 
 // TestEverythingAtOnce lets a user do at once all that can be done to sessions. However that
-// interleaves, nothing fails, and what revokes all in the end leaves nothing.
+// interleaves, nothing fails, and revoking all in the end leaves nothing.
 func TestEverythingAtOnce(t *testing.T) {
 	servers := replicas(t, nil)
+	actions := []func(c *client) response{
+		(*client).refresh,
+		(*client).me,
+		(*client).sessions,
+		(*client).logout,
+		(*client).renewPassword,
+		(*client).login,
+	}
 	for range rounds {
 		c := signedUp(servers[0])
-		var mu sync.Mutex
-		opened := []*client{c}
-		actions := []func(d *client) response{
-			(*client).refresh,
-			(*client).me,
-			(*client).sessions,
-			(*client).logout,
-			func(d *client) response { return d.changePassword(d.password) },
-			func(d *client) response {
-				d = d.device()
-				r := d.login()
-				mu.Lock()
-				defer mu.Unlock()
-				opened = append(opened, d)
-				return r
-			},
-		}
-		answers := together(4*len(actions), func(i int) response {
-			d := c.at(servers[i%2])
-			r := actions[i/4](d)
-			if d.cookie != c.cookie {
-				mu.Lock()
-				defer mu.Unlock()
-				opened = append(opened, d)
-			}
-			return r
-		})
+		tabs := c.tabs(4*len(actions), servers)
+		answers := together(len(tabs), func(i int) response { return actions[i/4](tabs[i]) })
 		wantOnly(t, answers, "200", "401 refresh_reused", "401 session_revoked")
 		want(t, c.loggedIn().revokeAll(), 200, "")
-		wantDead(t, servers, opened...)
+		wantDead(t, servers, tabs...)
 	}
 }
 
@@ -208,29 +191,30 @@ func TestEverythingAtOnce(t *testing.T) {
 func TestCapRace(t *testing.T) {
 	servers := replicas(t, nil)
 	short := start(t, map[string]string{"REFRESH_TOKEN_TTL": "1h"}) // these would expire first
-	rdb := redisClient(t)
 	c := signedUp(short)
-	for range 100 {
-		want(t, c.device().login(), 200, "")
-	}
+	together(100, func(int) response { return c.device().login() })
 	for range rounds {
-		devices := make([]*client, 9)
-		answers := together(len(devices), func(i int) response {
-			devices[i] = c.at(servers[i%2]).device()
-			return devices[i].login()
-		})
+		devices := c.tabs(9, servers)
+		answers := together(len(devices), func(i int) response { return devices[i].login() })
 		wantOnly(t, answers, "200")
 		for _, d := range devices {
 			want(t, d.refresh(), 200, "")
 		}
-		if got := rdb.ZCard(t.Context(), "user-sessions:{"+c.userID()+"}").Val(); got != 100 {
-			t.Errorf("the index has %d sessions, want 100", got)
-		}
-		living, err := rdb.Keys(t.Context(), "session:{"+c.userID()+"}:*").Result()
-		if err != nil || len(living) != 100 {
-			t.Errorf("%d sessions live (%v), want 100", len(living), err)
+		indexed := redisClient(t).ZCard(t.Context(), "user-sessions:{"+c.userID()+"}").Val()
+		if n := countSessions(t, c); n != 100 || indexed != 100 {
+			t.Errorf("%d sessions live and %d are in the index, want 100", n, indexed)
 		}
 	}
+}
+
+// countSessions returns how many sessions of a user Redis has, in the index or not.
+func countSessions(t *testing.T, c *client) int {
+	t.Helper()
+	living, err := redisClient(t).Keys(t.Context(), "session:{"+c.userID()+"}:*").Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(living)
 }
 
 // TestRefreshAgainstSQL holds that no session outlives a change of the hash by plain SQL, whatever
@@ -259,143 +243,98 @@ func TestRefreshAgainstSQL(t *testing.T) {
 }
 
 // TestSlowCommit widens the gap between what a change of the user's row does to the sessions and its
-// commit. Meanwhile others log in and refresh.
+// commit. Meanwhile one tab refreshes again and again, and devices log in at another server.
 func TestSlowCommit(t *testing.T) {
-	database := newDatabase(t)
-	env := map[string]string{"DATABASE_URL": database}
+	env := map[string]string{"DATABASE_URL": newDatabase(t)}
 	servers := replicas(t, env)
-	dear := start(t, map[string]string{"DATABASE_URL": database, "BCRYPT_COST": "5"})
-	execSQL(t, database, `
+	env["BCRYPT_COST"] = "5"
+	dear := start(t, env)
+	execSQL(t, servers[0].database, `
 		CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
 			'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END';
 		CREATE CONSTRAINT TRIGGER slow AFTER UPDATE OR DELETE ON users
 			DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow()`)
-	rehash := func(c *client) response { return c.at(dear).device().login() }
-	change := func(c *client) response { return c.changePassword("new " + c.password) }
 	for _, test := range []struct {
 		name       string
 		change     func(c *client) response
-		ownLives   bool // the session itself goes on, all the while
-		othersLive bool // and so does what logs in meanwhile
+		ownLives   bool // the tab's session goes on, all the while
+		othersLive bool // and so do those of the devices
 	}{
-		{"change the password", change, true, false},
-		{"delete the account", (*client).deleteAccount, false, false},
-		{"rehash", rehash, true, true},
+		{"change", func(c *client) response { return c.changePassword("new password") }, true, false},
+		{"delete", (*client).deleteAccount, false, false},
+		{"rehash", func(c *client) response { return c.at(dear).device().login() }, true, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := signedUp(servers[0])
-			own, others, changed := duringChange(c, servers[1], test.change)
-			want(t, changed, 200, "")
-			if test.ownLives {
-				want(t, own.refresh(), 200, "")
-			}
-			for _, d := range others {
-				if test.othersLive {
-					want(t, d.refresh(), 200, "")
+			tab := c.tab()
+			var devices []*client
+			var done atomic.Bool
+			answers := together(3, func(i int) response {
+				r := response{status: 200}
+				switch i {
+				case 0:
+					defer done.Store(true)
+					return test.change(c)
+				case 1:
+					for r.status == 200 && !done.Load() {
+						r = tab.refresh()
+					}
+				case 2:
+					for !done.Load() {
+						devices = append(devices, c.at(servers[1]).device())
+						devices[len(devices)-1].login()
+					}
 				}
+				return r
+			})
+			want(t, answers[0], 200, "")
+			if test.ownLives {
+				want(t, tab.refresh(), 200, "")
 			}
 			if !test.othersLive {
-				wantDead(t, servers, others...)
+				wantDead(t, servers, devices...)
+				return
+			}
+			for _, d := range devices {
+				want(t, d.refresh(), 200, "")
 			}
 		})
 	}
 }
 
-// duringChange runs a change. Until it is done, one tab refreshes again and again as long as it can,
-// and a new device logs in again and again at another server. It returns the tab, the devices that
-// got in, and the answer to the change.
-func duringChange(
-	c *client,
-	other *server,
-	change func(c *client) response,
-) (*client, []*client, response) {
-	own := c.tab()
-	var others []*client
-	done := make(chan struct{})
-	isDone := func() bool {
-		select {
-		case <-done:
-			return true
-		default:
-			return false
-		}
-	}
-	answers := together(3, func(i int) response {
-		var r response
-		switch i {
-		case 0:
-			defer close(done)
-			return change(c.tab())
-		case 1:
-			for r = own.refresh(); r.status == 200 && !isDone(); {
-				r = own.refresh()
-			}
-		case 2:
-			for !isDone() {
-				d := c.at(other).device()
-				if r = d.login(); r.status == 200 {
-					others = append(others, d)
-				}
-			}
-		}
-		return r
-	})
-	return own, others, answers[0]
-}
-
-// Sessions of other versions
-
-// TestOversizedIndex holds that an index with more sessions than there may be is cut at the next
-// login, and that a password change ends all of it.
+// TestOversizedIndex holds that an index with more sessions than there may be, from another version
+// perhaps, is cut at the next login, and that a password change ends all of it.
 func TestOversizedIndex(t *testing.T) {
 	s := start(t, nil)
-	rdb := redisClient(t)
-	fill := func(c *client) {
-		t.Helper()
-		key := "session:{" + c.userID() + "}:"
-		dump, err := rdb.Dump(t.Context(), key+c.sessionID()).Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, err = rdb.Pipelined(t.Context(), func(pipe redis.Pipeliner) error {
-			for range 3000 {
-				sid := newUUID()
-				expiry := redis.Z{Score: float64(time.Now().Unix() + 600), Member: sid}
-				pipe.Restore(t.Context(), key+sid, 10*time.Minute, dump)
-				pipe.ZAdd(t.Context(), "user-sessions:{"+c.userID()+"}", expiry)
-			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	count := func(c *client) int {
-		living, err := rdb.Keys(t.Context(), "session:{"+c.userID()+"}:*").Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(living)
-	}
+	fill := redis.NewScript(`
+		for i = 1, 3000 do
+			redis.call('COPY', KEYS[2], KEYS[2] .. i)
+			redis.call('ZADD', KEYS[1], 'NX', ARGV[1] + i, ARGV[2] .. i)
+		end`)
 	for _, test := range []struct {
 		name string
 		act  func(c *client) response
 		want int
 	}{
 		{"login", (*client).login, 100},
-		{"change the password", func(c *client) response { return c.changePassword("new password") }, 1},
+		{"change the password", (*client).renewPassword, 1},
 		{"revoke all", (*client).revokeAll, 0},
 	} {
 		c := signedUp(s)
-		fill(c)
+		index, session := "user-sessions:{"+c.userID()+"}", "session:{"+c.userID()+"}:"+c.sessionID()
+		keys, now := []string{index, session}, time.Now().Unix()
+		err := fill.Run(t.Context(), redisClient(t), keys, now, c.sessionID()).Err()
+		if err != nil && err != redis.Nil {
+			t.Fatal(err)
+		}
 		want(t, test.act(c), 200, "")
-		if got := count(c); got != test.want {
-			t.Errorf("%s leaves %d sessions, want %d", test.name, got, test.want)
+		if n := countSessions(t, c); n != test.want {
+			t.Errorf("%s leaves %d sessions, want %d", test.name, n, test.want)
 		}
 	}
 }
 
-// Lost replies
+// Lost replies and outages
 
 // TestLostReplies holds that what Redis has carried out is not sent a second time if its reply is
 // lost.
@@ -406,69 +345,44 @@ func TestLostReplies(t *testing.T) {
 	t.Run("logout", func(t *testing.T) {
 		c := signedUp(s)
 		want(t, c.loggedIn().logout(), 200, "") // now Redis knows the script
-		p.StealReply()
-		want(t, c.logout(), 503, "unavailable")
-		p.wantStolen(t)
+		p.StealReply(t, func() { want(t, c.logout(), 503, "unavailable") })
 		want(t, c.logout(), 401, "session_revoked") // it was done
 	})
 	t.Run("refresh", func(t *testing.T) {
 		c := signedUp(s)
 		want(t, c.refresh(), 200, "")
-		p.StealReply()
-		want(t, c.refresh(), 503, "unavailable")
-		p.wantStolen(t)
-		lost := redisClient(t).HGet(t.Context(),
-			"session:{"+c.userID()+"}:"+c.sessionID(), "token").Val()
-		want(t, c.refresh(), 200, "") // the token that was lost is sent again
+		p.StealReply(t, func() { want(t, c.refresh(), 503, "unavailable") })
+		session := "session:{" + c.userID() + "}:" + c.sessionID()
+		lost := redisClient(t).HGet(t.Context(), session, "token").Val()
+		want(t, c.refresh(), 200, "")
 		if !strings.Contains(decodePayload(c.cookie), lost) {
 			t.Error("the token was exchanged a second time")
 		}
 	})
 }
 
-// Outages
-
 // TestPostgresOutage holds that without PostgreSQL no refresh token is used up, and that what needs
 // only Redis goes on.
 func TestPostgresOutage(t *testing.T) {
 	p := postgresProxy(t)
 	s := start(t, map[string]string{"DATABASE_URL": p.url})
-	s.expect(503)
 	for name, breakIt := range map[string]func(){"cut": p.Cut, "paused": p.Pause} {
 		t.Run(name, func(t *testing.T) {
 			c := signedUp(s)
-			revoked := c.loggedIn()
-			leaving := c.loggedIn()
+			revoked, leaving := c.loggedIn(), c.loggedIn()
 			breakIt()
-			unavailable := []func(d *client) response{
-				(*client).refresh,
+			ready := wantUnavailable(t, c,
 				(*client).me,
-				(*client).deleteAccount,
-				func(d *client) response { return d.changePassword("new password") },
-				func(d *client) response { return d.device().login() },
-				func(d *client) response { return newClient(s).signup() },
-				func(d *client) response { return d.do("GET", "/readyz", nil) },
-			}
-			answers := together(len(unavailable), func(i int) response {
-				return unavailable[i](c.tab())
-			})
-			for i, r := range answers {
-				if r.status != 503 || r.took > 10*time.Second {
-					t.Errorf("request %d: %v after %v, want 503 within 2 s", i, r, r.took)
-				}
-			}
-			ready := answers[len(answers)-1]
+				func(c *client) response { return newClient(s).signup() },
+			)
 			if ready.text("postgres") != "unavailable" || ready.text("redis") != "ok" {
 				t.Errorf("/readyz: %s", ready.raw)
 			}
-			want(t, c.do("GET", "/healthz", nil), 200, "")
 			want(t, c.sessions(), 200, "")
 			want(t, c.revoke(revoked.sessionID()), 200, "")
 			want(t, leaving.tab().logout(), 200, "")
 			p.Restore()
-			awaitReady(t, c)
-			want(t, c.refresh(), 200, "")
-			want(t, c.loggedIn().me(), 200, "")
+			wantUnchanged(t, c)
 			wantDead(t, []*server{s}, revoked, leaving)
 		})
 	}
@@ -479,54 +393,58 @@ func TestRedisOutage(t *testing.T) {
 	p := redisProxy(t)
 	s := start(t, map[string]string{"REDIS_URL": p.url})
 	limited := start(t, map[string]string{"REDIS_URL": p.url, "RATE_LIMIT_MAX": "1000"})
-	s.expect(503)
 	limited.expect(503)
 	for name, breakIt := range map[string]func(){"cut": p.Cut, "paused": p.Pause} {
 		t.Run(name, func(t *testing.T) {
-			c := signedUp(s)
-			stranger := newClient(s)
+			c, stranger := signedUp(s), newClient(s)
 			breakIt()
-			unavailable := []func(d *client) response{
-				(*client).refresh,
+			ready := wantUnavailable(t, c,
 				(*client).me,
 				(*client).sessions,
 				(*client).revokeAll,
 				(*client).logout,
-				(*client).deleteAccount,
-				func(d *client) response { return d.changePassword("new password") },
-				func(d *client) response { return d.device().login() },
-				func(d *client) response { return stranger.signup() },
-				func(d *client) response { return d.at(limited).do("GET", "/nothing", nil) },
-				func(d *client) response { return d.do("GET", "/readyz", nil) },
-			}
-			answers := together(len(unavailable), func(i int) response {
-				return unavailable[i](c.tab())
-			})
-			for i, r := range answers {
-				if r.status != 503 || r.took > 10*time.Second {
-					t.Errorf("request %d: %v after %v, want 503 within 1 s", i, r, r.took)
-				}
-			}
-			ready := answers[len(answers)-1]
+				func(*client) response { return stranger.signup() },
+				func(c *client) response { return c.at(limited).do("GET", "/nothing", nil) },
+			)
 			if ready.text("postgres") != "ok" || ready.text("redis") != "unavailable" {
 				t.Errorf("/readyz: %s", ready.raw)
 			}
-			want(t, c.at(limited).do("GET", "/healthz", nil), 200, "")
 			p.Restore()
-			awaitReady(t, c)
-			want(t, c.refresh(), 200, "")
-			want(t, c.loggedIn().me(), 200, "")
+			wantUnchanged(t, c)
 			want(t, stranger.signup(), 201, "")
 		})
 	}
 }
 
-// awaitReady waits until the server says that both stores answer.
-func awaitReady(t testing.TB, c *client) {
+// wantUnavailable makes some requests at once, those that need both stores always among them, and
+// fails the test unless each is 503, in bounded time. It returns the answer of /readyz.
+func wantUnavailable(t *testing.T, c *client, some ...func(c *client) response) response {
 	t.Helper()
-	eventually(t, "the server recovers", func() bool {
-		return c.do("GET", "/readyz", nil).status == 200
-	})
+	c.s.expect(503)
+	all := append(some,
+		(*client).refresh,
+		(*client).deleteAccount,
+		(*client).renewPassword,
+		func(c *client) response { return c.device().login() },
+		(*client).ready,
+	)
+	answers := together(len(all), func(i int) response { return all[i](c.tab()) })
+	for i, r := range answers {
+		if r.status != 503 || r.took > 10*time.Second {
+			t.Errorf("request %d: %v after %v, want 503 within 2 s", i, r, r.took)
+		}
+	}
+	want(t, c.do("GET", "/healthz", nil), 200, "")
+	return answers[len(answers)-1]
+}
+
+// wantUnchanged waits until the stores are there again, and fails the test unless the client's tokens
+// and password are still good.
+func wantUnchanged(t *testing.T, c *client) {
+	t.Helper()
+	eventually(t, "the server recovers", func() bool { return c.ready().status == 200 })
+	want(t, c.refresh(), 200, "")
+	want(t, c.loggedIn().me(), 200, "")
 }
 
 // privateRedis starts a Redis that no other test uses, and returns its URL.
@@ -536,10 +454,7 @@ func privateRedis(t *testing.T) string {
 	if err != nil {
 		t.Skip("there is no redis-server here")
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	listener := listenLocally(t)
 	port := portOf(listener.Addr().String())
 	listener.Close()
 	cmd := exec.Command(binary, "--bind", "127.0.0.1", "--port", port, "--save", "")
@@ -579,39 +494,36 @@ func TestFullRedis(t *testing.T) {
 				"LOGIN_LIMIT_MAX": limit,
 			})
 			s.expect(503)
-			c := signedUp(s)
+			c, everywhere, stranger := signedUp(s), signedUp(s), newClient(s)
 			revoked, leaving, forgetful := c.loggedIn(), c.loggedIn(), c.loggedIn()
-			gone := signedUp(s)
-			stranger := newClient(s)
 			setMemory("1")
 			defer setMemory("0")
 			if err := rdb.ScriptFlush(t.Context()).Err(); err != nil { // as after a restart
 				t.Fatal(err)
 			}
 
-			before := rdb.HGetAll(t.Context(), "session:{"+c.userID()+"}:"+c.sessionID()).Val()
+			session := "session:{" + c.userID() + "}:" + c.sessionID()
+			before := rdb.HGetAll(t.Context(), session).Val()
 			want(t, c.refresh(), 503, "unavailable")
-			want(t, c.changePassword("new password"), 503, "unavailable")
+			want(t, c.renewPassword(), 503, "unavailable")
 			want(t, c.device().login(), 503, "unavailable")
 			want(t, stranger.signup(), 503, "unavailable")
-			after := rdb.HGetAll(t.Context(), "session:{"+c.userID()+"}:"+c.sessionID()).Val()
-			if fmt.Sprint(before) != fmt.Sprint(after) {
+			if after := rdb.HGetAll(t.Context(), session).Val(); !maps.Equal(before, after) {
 				t.Errorf("the session was %v and is %v", before, after)
 			}
-			if r := c.sessions(); len(r.body["sessions"].([]any)) != 4 {
-				t.Errorf("GET /auth/sessions: %v %s", r, r.raw)
-			}
+
+			want(t, c.sessions(), 200, "")
 			want(t, c.revoke(revoked.sessionID()), 200, "")
 			want(t, leaving.tab().logout(), 200, "")
-			forgetful.access = ""
-			want(t, forgetful.tab().logout(), 200, "")
-			want(t, gone.tab().revokeAll(), 200, "")
+			cookieOnly := forgetful.tab()
+			cookieOnly.access = ""
+			want(t, cookieOnly.logout(), 200, "")
+			want(t, everywhere.tab().revokeAll(), 200, "")
 
 			setMemory("0")
-			want(t, c.refresh(), 200, "")
-			want(t, c.loggedIn().me(), 200, "") // the password is the old one
+			wantDead(t, []*server{s}, revoked, leaving, forgetful, everywhere)
+			wantUnchanged(t, c)
 			want(t, stranger.signup(), 201, "")
-			wantDead(t, []*server{s}, revoked, leaving, forgetful, gone)
 		})
 	}
 }
@@ -622,41 +534,38 @@ type redisReply string
 func (r redisReply) Error() string { return string(r) }
 func (redisReply) RedisError()     {}
 
-// TestStoreErrors holds which errors of the stores are outages, and which are faults.
+// TestStoreErrors holds which errors that the stores report are outages, and which are faults.
 func TestStoreErrors(t *testing.T) {
-	reported := func(code string) error { return &pgconn.PgError{Code: code} }
-	for _, test := range []struct {
-		err     error
-		outage  bool
-		classed func(operation string, err error) error
-	}{
-		{io.EOF, true, redisError},
-		{redisReply("LOADING Redis is loading the dataset in memory"), true, redisError},
-		{redisReply("OOM command not allowed when used memory > 'maxmemory'."), true, redisError},
-		{redisReply("READONLY You can't write against a read only replica."), true, redisError},
-		{redisReply("MISCONF Redis is configured to save RDB snapshots"), true, redisError},
-		{redisReply("CLUSTERDOWN The cluster is down"), true, redisError},
-		{redisReply("MOVED 3999 127.0.0.1:6381"), true, redisError},
-		{redisReply("ASK 3999 127.0.0.1:6381"), true, redisError},
-		{redisReply("ERR max number of clients reached"), true, redisError},
-		{redisReply("ERR Script attempted to access a non local key in a cluster node"), true, redisError},
-		{redisReply("WRONGTYPE Operation against a key"), false, redisError},
-		{redisReply("ERR unknown command"), false, redisError},
-		{redisReply("NOPERM this user has no permissions"), false, redisError},
-		{io.EOF, true, postgresError},
-		{reported("08006"), true, postgresError}, // connection failure
-		{reported("53300"), true, postgresError}, // too many connections
-		{reported("57P01"), true, postgresError}, // shutting down
-		{reported("25006"), true, postgresError}, // read-only
-		{reported("42703"), false, postgresError},
-		{reported("23505"), false, postgresError},
-		{pgx.ScanArgError{Err: io.EOF}, false, postgresError},
-		{errUnavailable, true, postgresError},
-		{errStale, true, postgresError},
+	for reply, isOutage := range map[redisReply]bool{
+		"LOADING Redis is loading the dataset in memory":                       true,
+		"OOM command not allowed when used memory > 'maxmemory'.":              true,
+		"READONLY You can't write against a read only replica.":                true,
+		"MISCONF Redis is configured to save RDB snapshots":                    true,
+		"CLUSTERDOWN The cluster is down":                                      true,
+		"MOVED 3999 127.0.0.1:6381":                                            true,
+		"ASK 3999 127.0.0.1:6381":                                              true,
+		"TRYAGAIN Multiple keys request during rehashing of slot":              true,
+		"ERR max number of clients reached":                                    true,
+		"ERR Error running script: Script attempted to access a non local key": true,
+		"WRONGTYPE Operation against a key":                                    false,
+		"ERR unknown command":                                                  false,
+		"NOPERM this user has no permissions":                                  false,
 	} {
-		err := test.classed("test", test.err)
-		if err == nil || errors.Is(err, errUnavailable) != test.outage {
-			t.Errorf("%v is classed as %v", test.err, err)
+		if err := redisError("test", reply); errors.Is(err, errUnavailable) != isOutage {
+			t.Errorf("%q became %v", reply, err)
+		}
+	}
+	for code, isOutage := range map[string]bool{
+		"08006": true, // connection failure
+		"53300": true, // too many connections
+		"57P01": true, // shutting down
+		"25006": true, // read-only
+		"42703": false,
+		"23505": false,
+	} {
+		err := postgresError("test", &pgconn.PgError{Code: code})
+		if errors.Is(err, errUnavailable) != isOutage {
+			t.Errorf("SQLSTATE %s became %v", code, err)
 		}
 	}
 	for _, own := range []error{errNoUser, errEmailExists, errEnded, errReused, errTheft, errStale} {

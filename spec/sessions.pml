@@ -17,7 +17,7 @@
        DELETE       the user deletes the account
        SQL          an operator replaces the hash, or deletes the row, by plain SQL
        CLOCK=n      n times, at any moment, the leeway of all exchanged tokens runs out
-       FORGET       Redis loses the blacklist, at any moment
+       FORGET       Redis loses the blacklist keys of session 0, at any moment
        RESEND       REFRESH_REUSE_POLICY=resend */
 
 #ifndef LOGINS
@@ -228,7 +228,7 @@ inline rotate(s, shown, h) {
 
 /* Is the outcome what the history of the session calls for? Then it becomes part of the history. */
 inline judge(s, shown) {
-	/* A refresh that began after the password was replaced gets nothing. */
+	/* A refresh that read the user after the password was replaced gets nothing. */
 	assert(!((outcome == ROTATED || outcome == RESENT) && has(was_replaced, S.opened_with)));
 	if
 	:: outcome == ROTATED ->
@@ -375,7 +375,7 @@ answer:
 			S.successor[shown] = next;
 			add(S.known, next)
 		}
-	:: true                                 /* 401; or the answer was lost, on any way */
+	:: true                                 /* 401; or an answer was lost: 503, or silence */
 	fi
 }
 
@@ -419,7 +419,7 @@ again:
 	fi;
 	lock_if_unchanged(checked, locked);
 	if
-	:: !locked -> goto again                 /* errStale */
+	:: !locked -> goto again                /* errStale */
 	:: else
 	fi;
 	perhaps_lose_exclusive(locked);
@@ -545,7 +545,8 @@ proctype Clock() {
 	}
 }
 
-/* Redis loses blacklist keys, which no correct answer but 'theft' may depend on. */
+/* Redis loses the blacklist keys of session 0. Then a token that is older than the one
+   exchanged last is taken for stolen, even within the leeway. Nothing else may change. */
 proctype Forget() {
 	byte s = 0;
 	d_step { S.blacklist = 0; forgot = true }

@@ -421,6 +421,9 @@ func (s *store) refreshLocked(ctx context.Context, x exchange) (grant, error) {
 		}
 		return err
 	})
+	if g != (grant{}) {
+		return g, nil // the token is exchanged, and a commit that fails only loses the lock
+	}
 	return g, err
 }
 

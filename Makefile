@@ -33,8 +33,9 @@ test: go ## go vet, all tests, and the HTTP contract held against the server
 check: go ## what needs no server: formatting, linters, complexity, known vulnerabilities
 	scripts/check
 
-spec: ## the model checker on the sessions' protocol, which needs spin and gcc
+spec: ## the model of the sessions' protocol, and faults in it, which needs spin and gcc
 	spec/check
+	spec/faults
 
 bench: go ## the benchmarks
 	scripts/with-services go test -run '^$$' -bench . -benchtime 500x .

@@ -9,17 +9,13 @@ import (
 	"time"
 )
 
-// serverThreads is the GOMAXPROCS that the server gives itself. It does so once in a process, and
-// the package testing undoes it before every -count.
-var serverThreads = sync.OnceValue(func() int { return runtime.GOMAXPROCS(0) })
-
 // BenchmarkRefreshWhileHashing measures what logins that keep every hashing slot busy, with as many
 // more waiting, do to refreshes: with the threads that the server gives itself, and with half of
 // them, as Go would. Client and server share the process. A good p99 takes some hundred requests:
 // -benchtime 500x.
 func BenchmarkRefreshWhileHashing(b *testing.B) {
 	s := start(b, map[string]string{"BCRYPT_COST": "12"})
-	threads := serverThreads()
+	threads := runtime.GOMAXPROCS(0) // which the server has set
 	c := signedUp(s)
 	for _, load := range []struct {
 		name    string

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -9,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"hash"
-	"math"
 	"strings"
 	"testing"
 	"time"
@@ -74,15 +72,12 @@ func TestRFC7515Example(t *testing.T) {
 			"cGxlLmNvbS9pc19yb290Ijp0cnVlfQ"
 		want = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"
 	)
-	key, err := base64.RawURLEncoding.DecodeString("AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-" +
+	key, _ := base64.RawURLEncoding.DecodeString("AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-" +
 		"EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow")
-	if err != nil {
-		t.Fatal(err)
-	}
 	if got := signature(key, signed); got != want {
 		t.Errorf("signature = %s, want %s", got, want)
 	}
-	_, err = (keys{current: key}).verify(signed+"."+want, time.Unix(1300819379, 0))
+	_, err := (keys{current: key}).verify(signed+"."+want, time.Unix(1300819379, 0))
 	if !errors.Is(err, errTokenInvalid) {
 		t.Errorf("verify = %v, want %v", err, errTokenInvalid)
 	}
@@ -99,17 +94,6 @@ func TestSignKnownAnswer(t *testing.T) {
 		t.Errorf("sign =\n%s, want\n%s", got, want)
 	}
 	checkVerify(t, testKeys, want, nil)
-}
-
-func TestSignVerifyRoundTrip(t *testing.T) {
-	want := testClaims()
-	want.Email = `"\/<>&` + "\u2028\u00e9\U0001F511\x00\x1f"
-	want.IssuedAt = math.MinInt64
-	want.ExpiresAt = math.MaxInt64
-	got, err := testKeys.verify(testKeys.sign(want), testNow)
-	if err != nil || got != want {
-		t.Errorf("verify(sign(%+v)) = %+v, %v", want, got, err)
-	}
 }
 
 func TestVerifyKeys(t *testing.T) {
@@ -129,26 +113,19 @@ func TestVerifyKeys(t *testing.T) {
 	unsigned := keys{current: []byte{}}.sign(testClaims())
 	checkVerify(t, keys{current: old.current}, unsigned, errTokenInvalid)
 	checkVerify(t, keys{current: old.current, previous: []byte{}}, unsigned, errTokenInvalid)
-}
 
-// TestVerifyChecksSignatureFirst holds that nobody without the key learns what else is wrong.
-func TestVerifyChecksSignatureFirst(t *testing.T) {
-	c := testClaims()
-	c.ExpiresAt = testNow.Unix()
-	token := testKeys.sign(c)
-	checkVerify(t, testKeys, token, errTokenExpired)
-	checkVerify(t, testKeys, otherKeys.sign(c), errTokenInvalid)
-	checkVerify(t, testKeys, token[:len(token)-1], errTokenInvalid)
+	// Nobody without the key learns what else is wrong.
+	expired := testClaims()
+	expired.ExpiresAt = testNow.Unix()
+	checkVerify(t, rotated, old.sign(expired), errTokenExpired)
+	checkVerify(t, rotated, otherKeys.sign(expired), errTokenInvalid)
 }
 
 func TestVerifyForgeries(t *testing.T) {
 	good := testKeys.sign(testClaims())
 	parts := strings.Split(good, ".")
 	header, body, sig := parts[0], parts[1], parts[2]
-	decoded, err := base64.RawURLEncoding.DecodeString(body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	decoded, _ := base64.RawURLEncoding.DecodeString(body)
 	payload := string(decoded)
 	if craft(tokenHeader, payload) != good {
 		t.Fatal("craft differs from sign, so the forgeries below would prove nothing")
@@ -176,8 +153,8 @@ func TestVerifyForgeries(t *testing.T) {
 	}
 	for _, other := range []string{
 		``, `null`, `{}`, tokenHeader + " ", tokenHeader + "\n",
-		`{"typ":"JWT","alg":"HS256"}`, `{"alg": "HS256","typ":"JWT"}`, `{"alg":"HS256","typ":"jwt"}`,
-		`{"alg":"HS256"}`, `{"alg":"HS256","alg":"HS256","typ":"JWT"}`,
+		`{"typ":"JWT","alg":"HS256"}`, `{"alg": "HS256","typ":"JWT"}`, `{"alg":"HS256"}`,
+		`{"alg":"HS256","typ":"jwt"}`, `{"alg":"HS256","alg":"HS256","typ":"JWT"}`,
 		`{"\u0061lg":"HS256","typ":"JWT"}`, `{"alg":"HS256","typ":"JWT","kid":"1"}`,
 		`{"alg":"HS256","typ":"JWT","crit":["exp"]}`, `{"alg":"HS256","typ":"JWT","jwk":{}}`,
 	} {
@@ -232,8 +209,8 @@ func sameBytes(text string) []string {
 	var others []string
 	for _, last := range alphabet {
 		other := text[:len(text)-1] + string(last)
-		got, err := base64.RawURLEncoding.DecodeString(other)
-		if err == nil && other != text && bytes.Equal(got, want) {
+		got, _ := base64.RawURLEncoding.DecodeString(other)
+		if other != text && string(got) == string(want) {
 			others = append(others, other)
 		}
 	}
@@ -267,11 +244,12 @@ func TestVerifyClaims(t *testing.T) {
 	check(errTokenInvalid, `"sid":"s-1",`, ``, `"sid":"",`, `"sid":1,`)
 	check(errTokenInvalid, `"jti":"t-1",`, ``, `"jti":null,`)
 	check(errTokenInvalid, `"user@example.com"`, `["user@example.com"]`)
-	check(errTokenInvalid, whole, whole+"x", whole+whole, "\ufeff"+whole, "["+whole+"]", "null", "{}")
+	check(errTokenInvalid, whole,
+		whole+"x", whole+whole, "\ufeff"+whole, "["+whole+"]", "null", "{}")
 }
 
 func TestVerifySize(t *testing.T) {
-	for size, want := range map[int]error{4095: nil, 4096: nil, 4097: errTokenInvalid} {
+	for size, want := range map[int]error{4096: nil, 4097: errTokenInvalid} {
 		c := testClaims()
 		c.Email = strings.Repeat("x", 2700)
 		for len(testKeys.sign(c)) < size {
@@ -287,12 +265,8 @@ func TestVerifySize(t *testing.T) {
 func FuzzVerify(f *testing.F) {
 	good := testKeys.sign(testClaims())
 	for _, seed := range []string{
-		good,
-		good[:len(good)-1],
-		"..",
-		craft(`{"alg":"none"}`, `{}`),
-		otherKeys.sign(testClaims()),
-		strings.Replace(good, ".", ".\n", 1),
+		good, good[:len(good)-1], "..", strings.Replace(good, ".", ".\n", 1),
+		craft(`{"alg":"none"}`, `{}`), otherKeys.sign(testClaims()),
 		encode(tokenHeader) + "." + encode(`{"exp":18e8}`) + ".",
 		encode(tokenHeader) + "." + encode(`{"userId":"u","sub":"u","sid":"s","jti":"j",`+
 			`"exp":1800000900,"nbf":1}`) + ".",
@@ -304,7 +278,8 @@ func FuzzVerify(f *testing.F) {
 			t.Fatalf("accepted %q, which sign did not make", token)
 		}
 		signed := token[:max(0, strings.LastIndexByte(token, '.'))]
-		if _, err := testKeys.verify(signText(signed), testNow); err != nil {
+		got, err := testKeys.verify(signText(signed), testNow)
+		if err != nil {
 			return
 		}
 		payload, ok := strings.CutPrefix(signed, encode(tokenHeader)+".")
@@ -312,17 +287,11 @@ func FuzzVerify(f *testing.F) {
 		if !ok || err != nil || encode(string(data)) != payload {
 			t.Fatalf("accepted %q: not our header, or not canonical base64url", signed)
 		}
-		var c struct {
-			UserID, Sub, Sid, Jti string
-			Exp                   int64
-			Nbf                   float64
+		var want claims
+		if err := json.Unmarshal(data, &want); err != nil || got != want {
+			t.Fatalf("read %+v from %q (%v)", got, data, err)
 		}
-		if err := json.Unmarshal(data, &c); err != nil {
-			t.Fatalf("accepted %q: %v", data, err)
-		}
-		now := testNow.Unix()
-		if c.UserID == "" || c.UserID != c.Sub || c.Sid == "" || c.Jti == "" || c.Exp <= now ||
-			c.Nbf > float64(now) {
+		if got.UserID == "" || got.UserID != got.Subject || got.ExpiresAt <= testNow.Unix() {
 			t.Fatalf("accepted %q", data)
 		}
 	})

@@ -24,11 +24,13 @@ type success struct {
 var routes = map[string]success{
 	"POST /auth/signup": {201, "{message user{id email createdAt} accessToken}",
 		"User created successfully", "set"},
-	"POST /auth/login":           {200, "{message user{id email} accessToken}", "Login successful", "set"},
-	"POST /auth/refresh":         {200, "{accessToken}", "", "set"},
-	"POST /auth/logout":          {200, "{message}", "Logout successful", "cleared"},
-	"GET /auth/me":               {200, "{user{id email createdAt}}", "", ""},
-	"GET /auth/sessions":         {200, "{sessions[{id createdAt lastUsedAt ip userAgent current}]}", "", ""},
+	"POST /auth/login": {200, "{message user{id email} accessToken}",
+		"Login successful", "set"},
+	"POST /auth/refresh": {200, "{accessToken}", "", "set"},
+	"POST /auth/logout":  {200, "{message}", "Logout successful", "cleared"},
+	"GET /auth/me":       {200, "{user{id email createdAt}}", "", ""},
+	"GET /auth/sessions": {200,
+		"{sessions[{id createdAt lastUsedAt ip userAgent current}]}", "", ""},
 	"DELETE /auth/sessions/{id}": {200, "{message}", "Session revoked", "own"},
 	"DELETE /auth/sessions":      {200, "{message}", "All sessions revoked", "cleared"},
 	"PUT /auth/password":         {200, "{message}", "Password changed", ""},
@@ -46,7 +48,8 @@ func isHealth(route string) bool {
 // errorCodes is the contract's table of errors.
 var errorCodes = map[int]string{
 	400: "invalid_json validation_failed email_exists",
-	401: "invalid_credentials missing_token token_expired invalid_token session_revoked refresh_reused",
+	401: "invalid_credentials missing_token token_expired invalid_token session_revoked " +
+		"refresh_reused",
 	403: "cross_origin",
 	404: "not_found user_not_found session_not_found",
 	405: "method_not_allowed",
@@ -397,7 +400,7 @@ func (s *server) origins() (origins []string) {
 	return origins
 }
 
-// assertCORS is "exact match, with credentials; other origins, null among them, get no CORS header".
+// assertCORS is "exact match, with credentials; other origins, null too, get no CORS header".
 func (a *answer) assertCORS(origin string, wrong fault) {
 	if slices.Contains(a.server.origins(), origin) {
 		if a.Header.Get("Access-Control-Allow-Origin") != origin ||

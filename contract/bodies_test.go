@@ -30,9 +30,10 @@ var bodyPromises = []promise{
 			good := c.loginText("")
 			s.posted(" \t\r\n" + good + " \t\r\n").ok()
 			for _, body := range []string{
-				"", " \n", "null", `"x"`, "1", "true", "[]", "[" + good + "]", `{"email":`, `{email:"a"}`,
-				good[:len(good)-1], good + "x", good + "}", good + good, good + " null", good + "// x",
-				"/**/" + good, c.loginText(","), "\xef\xbb\xbf" + good, `{'email':'a','password':'b'}`,
+				"", " \n", "null", `"x"`, "1", "true", "[]", "[" + good + "]", `{"email":`,
+				`{email:"a"}`, good[:len(good)-1], good + "x", good + "}", good + good,
+				good + " null", good + "// x", "/**/" + good, c.loginText(","),
+				"\xef\xbb\xbf" + good, `{'email':'a','password':'b'}`,
 				c.loginText(`,"x":NaN`), c.loginText(`,"x":01`), c.loginText(",\"x\":\"\x01\""),
 				c.loginText(`,"x":"\x"`), c.loginText(`,"x":[1,]`), c.loginText(`,"x":{`),
 			} {
@@ -64,7 +65,7 @@ var bodyPromises = []promise{
 	}},
 	{"invalid UTF-8 anywhere is invalid_json", aURL, func(s *server) {
 		c := s.signup()
-		for _, bad := range []string{"\xff", "\xc3\x28", "\xed\xa0\x80", "\xc0\x80", "\xf8\x88\x80\x80\x80"} {
+		for _, bad := range []string{"\xff", "\xc3\x28", "\xed\xa0\x80", "\xc0\x80"} {
 			for _, body := range []string{
 				`{"email":"a","password":"` + bad + `"}`, c.loginText(`,"x":"` + bad + `"`),
 				c.loginText(`,"` + bad + `":1`), c.loginText(`,"x":[{"y":"` + bad + `"}]`),
@@ -76,14 +77,15 @@ var bodyPromises = []promise{
 	{"members are matched with their exact case", aURL, func(s *server) {
 		c := s.signup()
 		login := c.loginText("")
-		s.posted(strings.Replace(login, "email", "Email", 1)).refused("validation_failed").names("email")
-		capitals := strings.Replace(login, "password", "PASSWORD", 1)
-		s.posted(capitals).refused("validation_failed").names("password")
+		for _, name := range []string{"email", "password"} {
+			capitals := strings.Replace(login, name, strings.ToUpper(name), 1)
+			s.posted(capitals).refused("validation_failed").names(name)
+		}
 		// In another case it is an unknown member, and no second one of the same name.
 		s.posted(c.loginText(`,"Email":"x","Password":5`)).ok()
 		s.posted(strings.Replace(login, "email", `\u0065mail`, 1)).ok()
 	}},
-	{"body_too_large is 413 for more than 102,400 bytes; white space counts", aURL, func(s *server) {
+	{"body_too_large is 413 beyond 102,400 bytes; white space counts", aURL, func(s *server) {
 		c := s.signup()
 		login := c.loginText("")
 		for size, code := range map[int]string{bodyLimit: "", bodyLimit + 1: "body_too_large"} {
@@ -104,15 +106,16 @@ var bodyPromises = []promise{
 			s.Errorf("got %v, %v, want 413", resp, err)
 		}
 	}},
-	{"unsupported_media_type is 415 for a type that is not application/json", aURL, func(s *server) {
+	{"unsupported_media_type is 415 for any type but application/json", aURL, func(s *server) {
 		c := s.signup()
 		login := post("/auth/login").text(c.loginText(""))
 		for _, good := range []string{"application/json; charset=utf-8", "Application/JSON"} {
 			s.send(login.typed(good)).shouldBe("", good)
 		}
 		for _, bad := range []string{
-			"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ";",
-			"application/jsonp", "application/problem+json", "json", "application/json, text/plain",
+			"", ";", "text/plain", "application/x-www-form-urlencoded", "application/jsonp", "json",
+			"multipart/form-data; boundary=x", "application/problem+json",
+			"application/json, text/plain",
 		} {
 			s.send(login.typed(bad)).shouldBe("unsupported_media_type", bad)
 		}
@@ -130,7 +133,8 @@ var bodyPromises = []promise{
 	{"refresh and logout read no body and ask for no type", aURL, func(s *server) {
 		c := s.signup()
 		for _, kind := range []string{"application/json", "text/plain"} {
-			c.take(s.send(post("/auth/refresh").cookie(c.refresh).text("{{ no JSON").typed(kind)).ok())
+			refresh := post("/auth/refresh").cookie(c.refresh)
+			c.take(s.send(refresh.text("{{ no JSON").typed(kind)).ok())
 		}
 		c.send(post("/auth/logout").text("{{ no JSON").typed("text/plain")).ok()
 	}},
@@ -147,7 +151,7 @@ var orderPromises = []promise{
 		} {
 			s.send(r.ip(ip)).refused("rate_limited")
 		}
-		s.send(post("/auth/login").ip(ip).from(frontend)).refused("rate_limited") // with CORS headers
+		s.send(post("/auth/login").from(frontend).ip(ip)).refused("rate_limited")
 		s.send(post("/auth/login").preflight(frontend).ip(ip)).want(204)
 	}},
 	{"404 and 405, then 403 cross-origin, then 401, before all of the body", aURL, func(s *server) {
@@ -166,8 +170,9 @@ var orderPromises = []promise{
 		login := post("/auth/login").text(tooLong)
 		s.send(login.typed("text/plain")).refused("body_too_large")
 		s.send(login.typed("text/plain").chunks()).refused("unsupported_media_type")
-		for _, body := range []string{"", "{}", `{"email":1}`} {
-			s.send(login.text(body + strings.Repeat(" ", bodyLimit+1)).chunks()).refused("body_too_large")
+		for _, start := range []string{"", "{}", `{"email":1}`} {
+			body := start + strings.Repeat(" ", bodyLimit+1)
+			s.send(login.text(body).chunks()).refused("body_too_large")
 		}
 	}},
 	{"too_many_attempts comes once the body is understood", own, func(s *server) {

@@ -10,8 +10,8 @@ func (s *server) strangers() []string {
 	origin := s.origins()[0]
 	_, host, _ := strings.Cut(origin, "://")
 	return []string{
-		"https://evil.example", "null", "*", "http://", host, origin + "/", origin + ".evil.example",
-		origin + "@evil.example", origin + "0", "ftp://" + host, "http://evil." + host,
+		"https://evil.example", "null", "*", "http://", host, origin + "/", origin + "0",
+		origin + ".evil.example", origin + "@evil.example", "ftp://" + host, "http://evil." + host,
 		strings.ToUpper(origin), "http://127.0.0.1:1", "http://" + s.host() + ".evil.example",
 	}
 }
@@ -30,14 +30,15 @@ func (a *answer) lists(header string, want ...string) {
 	}
 }
 
-// That a listed origin is echoed with credentials, and no other gets a CORS header, is held on every
-// answer, see assertCORS.
+// That a listed origin is echoed with credentials, and no other gets a CORS header, is held on
+// every answer, see assertCORS.
 var browserPromises = []promise{
-	{"CORS: every answer has the headers for a listed origin, and for no other", aURL, func(s *server) {
+	{"CORS: every answer has headers for a listed origin, and for no other", aURL, func(s *server) {
 		c := s.signup()
 		for _, r := range []request{
-			get("/healthz"), get("/nowhere"), to("PATCH /auth/me"), get("/auth/me"), post("/auth/logout"),
+			get("/healthz"), get("/nowhere"), to("PATCH /auth/me"), get("/auth/me"),
 			get("/auth/me").bearer(c.access), post("/auth/login").text("{"), post("/auth/refresh"),
+			post("/auth/logout"),
 		} {
 			for _, origin := range s.strangers() {
 				s.send(r.from(origin))
@@ -67,8 +68,9 @@ var browserPromises = []promise{
 			s.send(post("/auth/refresh").from(origin)).refused("missing_token")
 		}
 		for _, origin := range []string{
-			"https://app.example.com/", frontend, "http://app.example.com", "https://app.example.com:444",
-			"https://sub.app.example.com", "https://app.example.com, http://localhost:8080",
+			"https://app.example.com/", frontend, "http://app.example.com",
+			"https://app.example.com:444", "https://sub.app.example.com",
+			"https://app.example.com, http://localhost:8080",
 		} {
 			s.send(post("/auth/refresh").from(origin)).refused("cross_origin")
 		}
@@ -100,7 +102,7 @@ var browserPromises = []promise{
 			s.send(post("/auth/refresh").with("Sec-Fetch-Site", site)).shouldBe(code, site)
 		}
 	}},
-	{"the server's own origin passes, and a client that sends no such header", aURL, func(s *server) {
+	{"the server's own origin passes, and who sends no such header", aURL, func(s *server) {
 		s.send(post("/auth/refresh").from("http://" + s.host())).refused("missing_token")
 		s.send(post("/auth/refresh")).refused("missing_token")
 	}},
@@ -138,8 +140,8 @@ var browserPromises = []promise{
 		id := newUUID()
 		seen := map[string]bool{}
 		for _, other := range []string{
-			"", "x", "{" + id + "}", "urn:uuid:" + id, strings.ReplaceAll(id, "-", ""), id + "0", id[:35],
-			id[:35] + "g", id + "," + id, strings.Replace(id, "-", "_", 1), "<script>",
+			"", "x", "{" + id + "}", "urn:uuid:" + id, strings.ReplaceAll(id, "-", ""), id + "0",
+			id[:35], id[:35] + "g", id + "," + id, strings.Replace(id, "-", "_", 1), "<script>",
 			strings.Repeat("a", 36), id + " " + id, "--------" + id[8:], id[:8] + "0" + id[9:],
 		} {
 			got := s.send(get("/auth/me").with("X-Request-Id", other)).Header.Get("X-Request-Id")

@@ -224,7 +224,9 @@ func (s *server) signup() *client {
 
 // The methods named try and guess send a request and leave it to the caller what comes of it.
 
-func (s *server) trySignup(email, password string) *answer { return s.send(signupOf(email, password)) }
+func (s *server) trySignup(email, password string) *answer {
+	return s.send(signupOf(email, password))
+}
 
 func (s *server) tryLogin(email, password, ip string) *answer {
 	return s.send(loginOf(email, password).ip(ip))
@@ -290,7 +292,9 @@ func (c *client) revoke(sid string) *answer { return c.send(del("/auth/sessions/
 
 func (c *client) revokeAll() *answer { return c.send(del("/auth/sessions")) }
 
-func (c *client) changePassword(current, next string) *answer { return c.send(changeOf(current, next)) }
+func (c *client) changePassword(current, next string) *answer {
+	return c.send(changeOf(current, next))
+}
 
 func (c *client) deleteAccount(password string) *answer { return c.send(deletionOf(password)) }
 

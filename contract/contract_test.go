@@ -67,7 +67,7 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	lacking := os.Getenv("DATABASE_URL") == "" || os.Getenv("REDIS_URL") == ""
 	if lacking && os.Getenv("LATCHKEY_BASE_URL") == "" {
-		fmt.Fprintln(os.Stderr, "no DATABASE_URL or no REDIS_URL: run `make test`, which starts both")
+		fmt.Fprintln(os.Stderr, "DATABASE_URL or REDIS_URL is missing: run `make test`")
 		os.Exit(1)
 	}
 	// Most tests wait: for a process to start, a window to pass, a token to run out.

@@ -1,8 +1,8 @@
 // Package contract holds a server to its HTTP contract, promise by promise, over HTTP. It knows
 // nothing of the server's inside, so it can be asked of any server behind the same contract.
 //
-// From the parent folder, make test runs it against a binary built from there, on a PostgreSQL and a
-// Redis that it starts. On stores of your own it is
+// From the parent folder, make test runs it against a binary built from there, on a PostgreSQL and
+// a Redis that it starts. On stores of your own it is
 //
 //	DATABASE_URL=… REDIS_URL=… go test -C contract -count=1 ./...
 //
@@ -14,8 +14,8 @@
 //	LATCHKEY_BASE_URL=http://localhost:3000 go test -C contract -count=1 -v ./...
 //
 // It should trust X-Forwarded-For from here (TRUSTED_PROXIES), since every test is a client with an
-// address of its own. What needs more than a URL is then skipped and says why, unless the variables
-// that configure the server (DATABASE_URL, REDIS_URL, JWT_SECRET, …) are given to the tests as well.
+// address of its own. What needs more than a URL is then skipped and says why, unless the tests are
+// given the variables that configure the server (DATABASE_URL, REDIS_URL, JWT_SECRET, …) as well.
 //
 // Mind the -count=1: the go command cannot see that the server has changed, and would show an old
 // result.

@@ -60,7 +60,8 @@ var errorPromises = []promise{
 			c := s.signup()
 			gone := c.login()
 			gone.logout().ok()
-			for _, r := range []request{get("/auth/me"), post("/auth/logout"), del("/auth/sessions")} {
+			for _, route := range []string{"GET /auth/me", "POST /auth/logout", "DELETE /auth/me"} {
+				r := to(route)
 				s.send(r.bearer("x")).refused("invalid_token")
 				s.send(r.bearer(c.refresh)).refused("invalid_token")
 				s.send(r.bearer(gone.access)).refused("session_revoked")
@@ -217,7 +218,8 @@ func sameTime(s *server) {
 			return
 		}
 	}
-	s.Errorf("a wrong password takes %v, an unknown email %v", slices.Min(wrong), slices.Min(unknown))
+	s.Errorf("a wrong password takes %v, an unknown email %v",
+		slices.Min(wrong), slices.Min(unknown))
 }
 
 func overloaded(s *server) {
@@ -225,7 +227,9 @@ func overloaded(s *server) {
 	c := s.signup()
 	flood := make(chan []*answer)
 	go func() {
-		flood <- together(120*runtime.NumCPU(), func(int) *answer { return s.guess(newEmail(), newIP()) })
+		flood <- together(120*runtime.NumCPU(), func(int) *answer {
+			return s.guess(newEmail(), newIP())
+		})
 	}()
 	var judged []*answer
 	for judged == nil {

@@ -44,7 +44,7 @@ var rateLimitPromises = []promise{
 		}
 		s.send(get("/auth/me").ip(ip)).refused("missing_token")
 	}},
-	{"a window ends on time however often it is asked, and a new one follows", own, func(s *server) {
+	{"a window ends on time, however often it is asked; a new one begins", own, func(s *server) {
 		s = s.start(env{"RATE_LIMIT_MAX": "1", "RATE_LIMIT_WINDOW": "1"})
 		ip := newIP()
 		began := time.Now()

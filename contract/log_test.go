@@ -148,7 +148,7 @@ func logsRequests(s *server) {
 		{refresh, "POST /auth/refresh", 401, "refresh_reused", true},
 		{login.text(c.loginText("")), "POST /auth/login", 200, nil, true},
 		{login.text("{"), "POST /auth/login", 400, "invalid_json", false},
-		{login.json(credentials{newEmail(), "x"}), "POST /auth/login", 401, "invalid_credentials", false},
+		{loginOf(newEmail(), "x"), "POST /auth/login", 401, "invalid_credentials", false},
 		{get("/auth/me"), "GET /auth/me", 401, "missing_token", false},
 		{get("/nowhere"), "", 404, "not_found", false},
 		{get("/healthz"), "GET /healthz", 200, nil, false},

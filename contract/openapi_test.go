@@ -53,8 +53,8 @@ func loadDocument(file string) *openAPI {
 	return d
 }
 
-// validate holds an answer to the document, and the request as well if it was answered with success:
-// the tests send many that are deliberately wrong.
+// validate holds an answer to the document, and the request as well if it was answered with
+// success: the tests send many that are deliberately wrong.
 func (d *openAPI) validate(a *answer, req *http.Request) {
 	s := a.server
 	if d.err != nil {
@@ -105,8 +105,8 @@ func (d *openAPI) validate(a *answer, req *http.Request) {
 	d.reached.Store(place+" "+strconv.Itoa(a.StatusCode), true)
 }
 
-// TestOpenAPI comes after TestContract, in the order of the files: it asks what of the document that
-// suite has reached.
+// TestOpenAPI comes after TestContract, in the order of the files: it asks what of the document
+// that suite has reached.
 func TestOpenAPI(t *testing.T) {
 	if document.err != nil {
 		t.Fatal(document.err)

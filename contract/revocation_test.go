@@ -16,10 +16,10 @@ var revocations = map[string]func(c, other *client) *answer{
 	},
 	"revoked by id":  func(c, other *client) *answer { return other.revoke(c.sid()) },
 	"revoked by all": func(_, other *client) *answer { return other.revokeAll() },
-	"ended by a change of the password": func(_, other *client) *answer {
+	"ended by a change": func(_, other *client) *answer {
 		return other.changePassword(other.password, newPassword())
 	},
-	"ended by the account's deletion": func(_, other *client) *answer {
+	"ended by a deletion": func(_, other *client) *answer {
 		return other.deleteAccount(other.password)
 	},
 }
@@ -27,7 +27,7 @@ var revocations = map[string]func(c, other *client) *answer{
 var revocationPromises = []promise{
 	{"a refresh in flight while its session is revoked never brings it back", own,
 		refreshAgainstRevocation},
-	{"a refresh in flight while its own session changes the password goes on", own, func(s *server) {
+	{"a refresh beside a change of the password by the same session goes on", own, func(s *server) {
 		servers := []*server{s, s.start(nil)}
 		for range rounds {
 			c := s.signup()
@@ -42,7 +42,7 @@ var revocationPromises = []promise{
 			c.on(servers[1]).lives()
 		}
 	}},
-	{"a login in flight while its password is changed or its account deleted leaves no session", own,
+	{"a login beside a change of its password, or a deletion, leaves no session", own,
 		loginAgainstChange},
 	{"of two simultaneous changes of the password one is made", own, twoChanges},
 	{"a password hash changed by other means ends the sessions at their next refresh", stored,
@@ -50,7 +50,7 @@ var revocationPromises = []promise{
 			c := s.signup()
 			other := c.login()
 			c.password = newPassword()
-			s.exec("UPDATE users SET password_hash = $1 WHERE id = $2", bcryptHash(c.password, 4), c.id)
+			c.setPassword(c.password)
 			for _, x := range []*client{c, other} {
 				x.show(x.refresh).refused("session_revoked")
 				x.gone()
@@ -82,7 +82,7 @@ var revocationPromises = []promise{
 		c := s.signup()
 		owner := c.on(s.start(env{"BCRYPT_COST": "5"}))
 		owner.password = newPassword()
-		s.exec("UPDATE users SET password_hash = $1 WHERE id = $2", bcryptHash(owner.password, 4), c.id)
+		c.setPassword(owner.password)
 		owner = owner.login()
 		c.show(c.refresh).refused("session_revoked")
 		owner.lives()
@@ -175,6 +175,12 @@ func bcryptHash(password string, cost int) string {
 	return string(hash)
 }
 
+// setPassword changes the password in PostgreSQL, behind the server's back.
+func (c *client) setPassword(password string) {
+	hash := bcryptHash(password, 4)
+	c.s.exec("UPDATE users SET password_hash = $1 WHERE id = $2", hash, c.id)
+}
+
 func refreshAgainstRevocation(s *server) {
 	servers := []*server{s, s.start(nil)}
 	for name, revoke := range revocations {
@@ -206,7 +212,7 @@ func refreshAgainstRevocation(s *server) {
 
 func loginAgainstChange(s *server) {
 	servers := []*server{s, s.start(nil)}
-	for _, name := range []string{"ended by a change of the password", "ended by the account's deletion"} {
+	for _, name := range []string{"ended by a change", "ended by a deletion"} {
 		won := 0
 		for range rounds {
 			c := s.signup()
@@ -237,7 +243,9 @@ func twoChanges(s *server) {
 		c := s.signup()
 		both := []*client{c, c.login()}
 		next := []string{newPassword(), newPassword()}
-		answers := together(2, func(i int) *answer { return both[i].changePassword(c.password, next[i]) })
+		answers := together(2, func(i int) *answer {
+			return both[i].changePassword(c.password, next[i])
+		})
 		if n := count(answers, 200); n != 1 {
 			s.Fatalf("%d of two changes were made", n)
 		}
@@ -308,11 +316,12 @@ func logouts(s *server) {
 		c := s.signup()
 		other := c.login()
 		bearer := map[string]string{
-			"good": c.access, "expired": c.accessWith(expired()), "swapped": c.refresh, "nonsense": "x",
+			"good": c.access, "swapped": c.refresh, "nonsense": "x",
+			"expired": c.accessWith(expired()),
 		}[x.bearer]
 		cookie := map[string]string{
-			"good": c.refresh, "expired": c.refreshWith(expired()), "swapped": c.access, "nonsense": "x",
-			"other's": other.refresh,
+			"good": c.refresh, "swapped": c.access, "nonsense": "x", "other's": other.refresh,
+			"expired": c.refreshWith(expired()),
 		}[x.cookie]
 		r := post("/auth/logout").with("Authorization", "Basic eDp5") // which is no Bearer
 		if bearer != "" {
@@ -324,7 +333,8 @@ func logouts(s *server) {
 		name := fmt.Sprintf("Bearer %s, cookie %s", x.bearer, x.cookie)
 		s.send(r).shouldBe(x.code, name).clearsCookie()
 		for owner, session := range map[string]*client{"own": c, "other's": other} {
-			if a := session.on(replica).me(session.access); (a.status() != 200) != (owner == x.ends) {
+			a := session.on(replica).me(session.access)
+			if (a.status() != 200) != (owner == x.ends) {
 				s.Errorf("%s: the %s session: %d %s", name, owner, a.status(), a.body)
 			}
 		}

@@ -101,7 +101,7 @@ var rotationPromises = []promise{
 		c := s.signup()
 		c.show(c.refreshWith(claims{"jti": newUUID()})).isTheft(c)
 	}},
-	{"without its blacklist key a token is known if it was exchanged last, else it is theft", stored,
+	{"without its blacklist key only the token exchanged last is known, others are theft", stored,
 		func(s *server) {
 			c := s.signup()
 			old := c.refresh

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,12 +25,15 @@ type project struct {
 
 func run(t *testing.T, dir string, env []string, name string, args ...string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), name, args...)
-	cmd.Dir, cmd.Env = dir, env
 	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Dir = dir
+	cmd.Env = env
+	cmd.Stdout = &stdout
+	cmd.Stderr = &stderr
 	if err := cmd.Run(); err != nil {
-		t.Fatalf("%s %s: %v\n%s\n%s", name, strings.Join(args, " "), err, tail(stdout.String(), 40), tail(stderr.String(), 60))
+		t.Fatalf("%s %s: %v\n%s\n%s", name, strings.Join(args, " "), err,
+			tail(stdout.String(), 40), tail(stderr.String(), 60))
 	}
 	return stdout.String()
 }
@@ -41,26 +43,8 @@ func (p *project) compose(args ...string) string {
 	return run(p.t, p.dir, p.env, "docker", append([]string{"compose", "--project-name", p.name}, args...)...)
 }
 
-// freePort is a port of 127.0.0.1 that nobody listens on right now.
-func freePort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
-}
-
 // TestCompose is "docker compose up on a fresh clone with no .env gives a working development server".
 func TestCompose(t *testing.T) {
-	if suite.c == nil {
-		t.Skipf("needs %s", own)
-	}
 	t.Parallel()
 	root, err := filepath.Abs("..")
 	if err != nil {
@@ -71,7 +55,8 @@ func TestCompose(t *testing.T) {
 	// Nothing of the developer's own settings reaches the fresh clone.
 	for _, line := range os.Environ() {
 		switch name, _, _ := strings.Cut(line, "="); name {
-		case "PATH", "HOME", "TMPDIR", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT", "DOCKER_BUILDKIT", "XDG_RUNTIME_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY":
+		case "PATH", "HOME", "TMPDIR", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT",
+			"DOCKER_BUILDKIT", "XDG_RUNTIME_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY":
 			p.env = append(p.env, line)
 		}
 	}
@@ -79,40 +64,37 @@ func TestCompose(t *testing.T) {
 	run(t, "", os.Environ(), "git", "clone", "--quiet", "--no-local", root, p.dir)
 	t.Cleanup(func() {
 		// The test's own context is over by now.
-		cmd := exec.Command("docker", "compose", "--project-name", p.name, "down", "--volumes", "--rmi", "local", "--timeout", "5")
-		cmd.Dir, cmd.Env = p.dir, p.env
+		cmd := exec.Command("docker", "compose", "--project-name", p.name,
+			"down", "--volumes", "--rmi", "local", "--timeout", "5")
+		cmd.Dir = p.dir
+		cmd.Env = p.env
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("docker compose down: %v\n%s", err, out)
 		}
 	})
 	p.compose("up", "--build", "--wait")
-	s := &server{URL: "http://127.0.0.1:" + port, env: vars{"NODE_ENV": "development"}}
 
-	// The flow, through the published port. Every client here is the Docker host: there is no trusted proxy.
-	v := s.signup(t)
-	other := v.login()
-	v.lives()
-	v.send("GET", "/auth/me", nil).want(200)
-	other.send("POST", "/auth/logout", nil).want(200)
-	other.gone()
-	s.send(t, request{method: "GET", path: "/auth/me", header: from(frontend)}).want(401)
+	// The flow, through the published port. Every client here is the Docker host: there is no trusted
+	// proxy.
+	u := newUser(t, "http://127.0.0.1:"+port)
+	u.must("POST", "/auth/signup", u.credentials())
+	other := u.login()
+	u.lives()
+	other.must("POST", "/auth/logout", nil)
+	if r := other.send("GET", "/auth/me", nil); r.body.Code != "session_revoked" {
+		t.Errorf("after the logout: %d %s", r.status, r.body.Code)
+	}
 
 	p.assertContainers(port)
 	p.assertImage()
 
 	p.compose("restart")
 	p.compose("up", "--wait")
-	again := v.login() // PostgreSQL kept the user,
-	ids := []any{}
-	for _, x := range again.sessions() {
-		ids = append(ids, x["id"])
-	}
-	if !slices.Contains(ids, any(v.sid())) || len(ids) != 2 { // and Redis the session.
-		t.Errorf("the sessions after the restart are %v, want the one of before too, %s", ids, v.sid())
-	}
+	u.login() // PostgreSQL kept the user,
+	u.lives() // and Redis the session.
 	p.compose("down")
 	p.compose("up", "--wait")
-	v.login()
+	u.login().lives()
 }
 
 // inspect is what the engine says of a service's container.
@@ -134,7 +116,8 @@ func (p *project) inspect(service string) inspect {
 	p.t.Helper()
 	id := strings.TrimSpace(p.compose("ps", "--quiet", service))
 	var found []inspect
-	if err := json.Unmarshal([]byte(run(p.t, p.dir, p.env, "docker", "container", "inspect", id)), &found); err != nil {
+	out := run(p.t, p.dir, p.env, "docker", "container", "inspect", id)
+	if err := json.Unmarshal([]byte(out), &found); err != nil {
 		p.t.Fatal(err)
 	}
 	return found[0]
@@ -154,8 +137,10 @@ func (p *project) assertContainers(port string) {
 		}
 	}
 	c := p.inspect("server")
-	if !c.HostConfig.ReadonlyRootfs || !slices.Equal(c.HostConfig.CapDrop, []string{"ALL"}) || len(c.HostConfig.CapAdd) != 0 || c.HostConfig.Privileged {
-		p.t.Errorf("the server's container is not locked in: %+v", c.HostConfig)
+	host := c.HostConfig
+	if !host.ReadonlyRootfs || !slices.Equal(host.CapDrop, []string{"ALL"}) || len(host.CapAdd) != 0 ||
+		host.Privileged {
+		p.t.Errorf("the server's container is not locked in: %+v", host)
 	}
 	if user, _, _ := strings.Cut(c.Config.User, ":"); user == "" || user == "0" || user == "root" {
 		p.t.Errorf("the server runs as %q", c.Config.User)
@@ -170,11 +155,13 @@ func (p *project) assertImage() {
 		Size   int64
 		Config struct{ User string }
 	}
-	if err := json.Unmarshal([]byte(run(p.t, p.dir, p.env, "docker", "image", "inspect", id)), &found); err != nil {
+	out := run(p.t, p.dir, p.env, "docker", "image", "inspect", id)
+	if err := json.Unmarshal([]byte(out), &found); err != nil {
 		p.t.Fatal(err)
 	}
-	if found[0].Size >= 15_000_000 || found[0].Config.User == "" || strings.HasPrefix(found[0].Config.User, "0") {
-		p.t.Errorf("the image has %d bytes and runs as %q", found[0].Size, found[0].Config.User)
+	user := found[0].Config.User
+	if found[0].Size >= 15_000_000 || user == "" || strings.HasPrefix(user, "0") {
+		p.t.Errorf("the image has %d bytes and runs as %q", found[0].Size, user)
 	}
 	p.t.Logf("the image has %.1f MB", float64(found[0].Size)/1e6)
 	for _, shell := range []string{"/bin/sh", "sh", "/bin/busybox", "/usr/bin/env"} {
@@ -187,7 +174,8 @@ func (p *project) assertImage() {
 	container := strings.TrimSpace(run(p.t, p.dir, p.env, "docker", "create", id))
 	defer run(p.t, p.dir, p.env, "docker", "rm", "--volumes", container)
 	files := []string{}
-	for archive := tar.NewReader(strings.NewReader(run(p.t, p.dir, p.env, "docker", "export", container))); ; {
+	exported := run(p.t, p.dir, p.env, "docker", "export", container)
+	for archive := tar.NewReader(strings.NewReader(exported)); ; {
 		header, err := archive.Next()
 		if err == io.EOF {
 			break
@@ -200,7 +188,8 @@ func (p *project) assertImage() {
 		}
 	}
 	slices.Sort(files)
-	if want := []string{"etc/ssl/certs/ca-certificates.crt", "latchkey"}; !slices.Equal(files, want) {
+	want := []string{"etc/ssl/certs/ca-certificates.crt", "latchkey"}
+	if !slices.Equal(files, want) {
 		p.t.Errorf("the image holds %q, want %q", files, want)
 	}
 }

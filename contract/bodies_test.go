@@ -102,9 +102,7 @@ var bodyPromises = []promise{
 		resp, err := s.raw(fmt.Sprintf("POST /auth/signup HTTP/1.1\r\nHost: %s\r\n"+
 			"Content-Type: application/json\r\nX-Forwarded-For: %s\r\nContent-Length: %d\r\n\r\n",
 			s.host(), newIP(), bodyLimit+1)) // and not one byte of it
-		if err != nil || resp.StatusCode != 413 {
-			s.Errorf("got %v, %v, want 413", resp, err)
-		}
+		s.expect(err == nil && resp.StatusCode == 413, "got %v, %v, want 413", resp, err)
 	}},
 	{"unsupported_media_type is 415 for any type but application/json", aURL, func(s *server) {
 		c := s.signup()

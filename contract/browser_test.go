@@ -25,9 +25,7 @@ func (a *answer) lists(header string, want ...string) {
 	wanted := strings.Split(strings.ToLower(strings.Join(want, ",")), ",")
 	slices.Sort(got)
 	slices.Sort(wanted)
-	if !slices.Equal(got, wanted) {
-		a.server.Errorf("%s: %s is %q, want %q", a, header, got, want)
-	}
+	a.server.expect(slices.Equal(got, wanted), "%s: %s is %q, want %q", a, header, got, want)
 }
 
 // That a listed origin is echoed with credentials, and no other gets a CORS header, is held on
@@ -53,10 +51,9 @@ var browserPromises = []promise{
 			a := s.send(r.preflight(s.origins()[0])).want(204)
 			a.lists("Access-Control-Allow-Headers", "Authorization", "Content-Type", "X-Request-Id")
 			methods := strings.Split(a.Header.Get("Access-Control-Allow-Methods"), ", ")
-			if !slices.Contains(methods, r.method) || a.number("Access-Control-Max-Age") < 1 ||
-				len(a.body) != 0 {
-				s.Errorf("the preflight of %s: %v %q", route, a.Header, a.body)
-			}
+			s.expect(slices.Contains(methods, r.method) &&
+				a.number("Access-Control-Max-Age") >= 1 && len(a.body) == 0,
+				"the preflight of %s: %v %q", route, a.Header, a.body)
 			for _, origin := range s.strangers() {
 				s.send(r.preflight(origin)).want(204)
 			}
@@ -145,9 +142,8 @@ var browserPromises = []promise{
 			strings.Repeat("a", 36), id + " " + id, "--------" + id[8:], id[:8] + "0" + id[9:],
 		} {
 			got := s.send(get("/auth/me").with("X-Request-Id", other)).Header.Get("X-Request-Id")
-			if strings.Contains(other, got) || seen[got] {
-				s.Errorf("X-Request-Id %q became %q", other, got)
-			}
+			s.expect(!strings.Contains(other, got) && !(seen[got]),
+				"X-Request-Id %q became %q", other, got)
 			seen[got] = true
 		}
 	}},

@@ -65,13 +65,14 @@ func (r request) text(body string) request {
 	return r.typed("application/json")
 }
 
-// json gives it a body of JSON.
-func (r request) json(body any) request {
-	encoded, err := json.Marshal(body)
-	if err != nil {
-		panic(err)
+// members gives it a body of JSON with these names and values.
+func (r request) members(members ...string) request {
+	object := map[string]string{}
+	for i := 0; i < len(members); i += 2 {
+		object[members[i]] = members[i+1]
 	}
-	return r.text(string(encoded))
+	body, _ := json.Marshal(object)
+	return r.text(string(body))
 }
 
 func (r request) chunks() request {
@@ -166,35 +167,19 @@ const (
 func newEmail() string    { return "user-" + strings.ToLower(rand.Text()) + emailMark }
 func newPassword() string { return passwordMark + rand.Text() }
 
-type credentials struct {
-	Email    string `json:"email"`
-	Password string `json:"password"`
-}
-
-type passwordChange struct {
-	Current string `json:"currentPassword"`
-	New     string `json:"newPassword"`
-}
-
-type passwordOnly struct {
-	Password string `json:"password"`
-}
-
 func signupOf(email, password string) request {
-	return post("/auth/signup").json(credentials{email, password})
+	return post("/auth/signup").members("email", email, "password", password)
 }
 
 func loginOf(email, password string) request {
-	return post("/auth/login").json(credentials{email, password})
+	return post("/auth/login").members("email", email, "password", password)
 }
 
 func changeOf(current, next string) request {
-	return put("/auth/password").json(passwordChange{current, next})
+	return put("/auth/password").members("currentPassword", current, "newPassword", next)
 }
 
-func deletionOf(password string) request {
-	return del("/auth/me").json(passwordOnly{password})
-}
+func deletionOf(password string) request { return del("/auth/me").members("password", password) }
 
 // A client is a user at a device, with what that device holds of one session.
 type client struct {
@@ -317,12 +302,9 @@ type listed struct {
 }
 
 func (c *client) sessions() []listed {
-	var body struct{ Sessions []listed }
-	a := c.send(get("/auth/sessions")).ok()
-	if err := json.Unmarshal(a.body, &body); err != nil {
-		c.s.Fatalf("%s: %s: %v", a, a.body, err)
-	}
-	return body.Sessions
+	var list struct{ Sessions []listed }
+	json.Unmarshal(c.send(get("/auth/sessions")).ok().body, &list)
+	return list.Sessions
 }
 
 // lives asserts that both tokens are good.

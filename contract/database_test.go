@@ -41,15 +41,11 @@ var databasePromises = []promise{
 			columns := s.query(`SELECT string_agg(
 				concat_ws(' ', column_name, data_type, is_nullable), ', ' ORDER BY ordinal_position)
 				FROM information_schema.columns WHERE table_name = 'users'`)
-			if columns != "id uuid NO, email text NO, password_hash text NO, "+
-				"created_at timestamp with time zone NO, updated_at timestamp with time zone NO" {
-				s.Errorf("the columns are %s", columns)
-			}
+			s.expect(columns == "id uuid NO, email text NO, password_hash text NO, "+"created_at timestamp with time zone NO, updated_at timestamp with time zone NO",
+				"the columns are %s", columns)
 			names := s.query(`SELECT string_agg(table_name, ' ' ORDER BY table_name)
 				FROM information_schema.tables WHERE table_schema = 'public'`)
-			if names != "schema_migrations users" {
-				s.Errorf("the tables are %s", names)
-			}
+			s.expect(names == "schema_migrations users", "the tables are %s", names)
 			const insert = "INSERT INTO users (email, password_hash) VALUES ('a@example.com', 'x')"
 			s.exec(insert)
 			if _, err := s.stores.sql.Exec(s.Context(), insert); err == nil {
@@ -73,9 +69,8 @@ var databasePromises = []promise{
 	{"a database in another encoding than UTF-8 is refused at the start", own, func(s *server) {
 		s = s.inDatabase("ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
 		status, output := s.exits(s.stores.environment(nil))
-		if status != 1 || !strings.Contains(output, "LATIN1") {
-			s.Errorf("exit status %d, want 1 and a word why:\n%s", status, output)
-		}
+		s.expect(status == 1 && strings.Contains(output, "LATIN1"),
+			"exit status %d, want 1 and a word why:\n%s", status, output)
 		if tables := s.tables(); tables != "" {
 			s.Errorf("the server made %s", tables)
 		}
@@ -95,9 +90,8 @@ var databasePromises = []promise{
 			c := server.signup()
 			hash := []byte(c.passwordHash())
 			cost, err := bcrypt.Cost(hash)
-			if cost != want || bcrypt.CompareHashAndPassword(hash, []byte(c.password)) != nil {
-				s.Errorf("the hash is %s (%v), want one of the cost %d", hash, err, want)
-			}
+			s.expect(cost == want && bcrypt.CompareHashAndPassword(hash, []byte(c.password)) == nil,
+				"the hash is %s (%v), want one of the cost %d", hash, err, want)
 		}
 	}},
 	{`users are looked up by an index, by lower(email COLLATE "C")`, stored, func(s *server) {
@@ -115,9 +109,8 @@ var databasePromises = []promise{
 			s.Fatal(err)
 		}
 		plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
-		if err != nil || !strings.Contains(fmt.Sprint(plan), "Index Cond") {
-			s.Errorf("the plan is %q (%v)", plan, err)
-		}
+		s.expect(err == nil && strings.Contains(fmt.Sprint(plan), "Index Cond"),
+			"the plan is %q (%v)", plan, err)
 	}},
 	{"a row that cannot be read is 500, and no outage that a client should wait for", own,
 		func(s *server) {
@@ -146,9 +139,8 @@ func adopts(s *server) {
 	c = c.login()
 	c.lives()
 	created := s.isTime(c.me(c.access).ok().str("user", "createdAt"))
-	if !created.Equal(time.Date(2024, 3, 10, 2, 30, 0, 123_000_000, time.UTC)) {
-		s.Errorf("createdAt is %v, want the row's in UTC", created)
-	}
+	s.expect(created.Equal(time.Date(2024, 3, 10, 2, 30, 0, 123_000_000, time.UTC)),
+		"createdAt is %v, want the row's in UTC", created)
 	s.trySignup(c.email, newPassword()).refused("email_exists")
 	next := newPassword()
 	c.changePassword(password, next).ok()
@@ -158,9 +150,8 @@ func adopts(s *server) {
 	s.isNow(fresh.me(fresh.access).ok().str("user", "createdAt"))
 	row := s.query(`SELECT (created_at - now() AT TIME ZONE 'UTC' > '-1 min')::text || ' ' ||
 		pg_typeof(created_at) FROM users WHERE id = $1`, fresh.id)
-	if row != "true timestamp without time zone" {
-		s.Errorf("the new row's created_at is now in UTC: %s", row)
-	}
+	s.expect(row == "true timestamp without time zone",
+		"the new row's created_at is now in UTC: %s", row)
 	c.deleteAccount(next).ok()
 }
 
@@ -171,9 +162,8 @@ func stopsAtDuplicates(s *server) {
 		('Two@example.com', 'x'), ('two@example.com', 'y'), ('one@example.com', 'z')`)
 	before := s.tables()
 	status, output := s.exits(s.stores.environment(nil))
-	if status != 1 || strings.Contains(strings.ToLower(output), "two@example.com") {
-		s.Errorf("exit status %d, want 1 and no address:\n%s", status, output)
-	}
+	s.expect(status == 1 && !strings.Contains(strings.ToLower(output), "two@example.com"),
+		"exit status %d, want 1 and no address:\n%s", status, output)
 	if after := s.tables(); after != before {
 		s.Errorf("the tables were\n%s\nand are\n%s", before, after)
 	}
@@ -188,10 +178,9 @@ func stopsAtDuplicates(s *server) {
 		return fmt.Sprint(values), err
 	})
 	text := fmt.Sprint(listed)
-	if err != nil || !strings.Contains(text, "Two@example.com") ||
-		!strings.Contains(text, "two@example.com") || strings.Contains(text, "one@example.com") {
-		s.Errorf("the query lists %q (%v): %s", listed, err, query)
-	}
+	s.expect(err == nil && strings.Contains(text, "Two@example.com") &&
+		strings.Contains(text, "two@example.com") && !strings.Contains(text, "one@example.com"),
+		"the query lists %q (%v): %s", listed, err, query)
 	s.exec("DELETE FROM users WHERE email = 'Two@example.com'")
 	s.startOn(s.stores, nil).signup().lives() // mended, it starts
 }

@@ -87,9 +87,8 @@ var keyPromises = []promise{
 			before := c.userKeys()
 			revoke(c, other).ok()
 			for _, key := range c.userKeys() {
-				if !slices.Contains(before, key) || key == c.sessionKey() {
-					s.Errorf("%s: there is %s", name, key)
-				}
+				s.expect(slices.Contains(before, key) && key != c.sessionKey(),
+					"%s: there is %s", name, key)
 			}
 		}
 	}},
@@ -127,9 +126,8 @@ var keyPromises = []promise{
 			net := newIPv6Net()
 			s.send(get("/auth/me").ip(net + ":2:3:4:5"))
 			keys := s.keys("rate-limit:[{]" + net + ":*")
-			if len(keys) != 1 || strings.Contains(keys[0], ":2:") {
-				s.Errorf("the counters of the /64 are %q", keys)
-			}
+			s.expect(len(keys) == 1 && !strings.Contains(keys[0], ":2:"),
+				"the counters of the /64 are %q", keys)
 		}},
 	{"login-limit:{<email hash>}, …:<ip> and login-limit:{<ip>} live for the window", stored,
 		func(s *server) {
@@ -153,9 +151,7 @@ var keyPromises = []promise{
 		for range 2 {
 			s.guess(c.email, c.ip).refused("invalid_credentials")
 			counters := append(s.keys("*"+c.ip+"*"), s.accountKey(c.ip))
-			if len(counters) != 4 {
-				s.Errorf("the counters are %q", counters)
-			}
+			s.expect(len(counters) == 4, "the counters are %q", counters)
 			for _, key := range counters {
 				s.ttl(key)
 				s.stores.redis.Persist(s.Context(), key)
@@ -183,15 +179,12 @@ func holdsNothingSecret(s *server) {
 		}
 		held := fmt.Sprint(fields)
 		for _, there := range []string{s.claims(c.refresh).text("jti"), c.ip, c.agent} {
-			if !strings.Contains(held, there) {
-				s.Errorf("%s does not hold %s: %s", c.sessionKey(), there, held)
-			}
+			s.expect(strings.Contains(held, there),
+				"%s does not hold %s: %s", c.sessionKey(), there, held)
 		}
 		signature := strings.Split(c.refresh, ".")[2]
 		for _, secret := range []string{signature, hash, hash[7:], c.email, c.password} {
-			if strings.Contains(held, secret) {
-				s.Errorf("%s holds %s", c.sessionKey(), secret)
-			}
+			s.expect(!strings.Contains(held, secret), "%s holds %s", c.sessionKey(), secret)
 		}
 		s.stores.redis.Expire(s.Context(), c.sessionKey(), time.Minute)
 		c.rotate() // which prolongs what has grown old
@@ -282,9 +275,7 @@ func noOtherKeys(s *server) {
 		}
 	}
 	for form := range keyForms {
-		if met[form.String()] == 0 {
-			s.Errorf("no key is like %s", form)
-		}
+		s.expect(met[form.String()] != 0, "no key is like %s", form)
 	}
 	s.evict(all...)
 }

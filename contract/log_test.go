@@ -27,9 +27,7 @@ func (s *server) logLine(a *answer) map[string]any {
 		}
 		return len(found) > 0
 	})
-	if len(found) != 1 {
-		s.Errorf("%d lines of one request: %v", len(found), found)
-	}
+	s.expect(len(found) == 1, "%d lines of one request: %v", len(found), found)
 	return found[0]
 }
 
@@ -85,9 +83,8 @@ var logPromises = []promise{
 			id := s.logLine(theft)["requestId"].(string)
 			warning := regexp.MustCompile(`(?m)^.*"level":"WARN".*$`).FindString(s.log.String())
 			for _, part := range []string{id, c.id, c.sid()} {
-				if !strings.Contains(warning, part) {
-					s.Errorf("the warning of the theft has no %s: %s", part, warning)
-				}
+				s.expect(strings.Contains(warning, part),
+					"the warning of the theft has no %s: %s", part, warning)
 			}
 		}},
 	{"path and method are cut to 256 bytes, also on a 429", own, func(s *server) {
@@ -97,11 +94,10 @@ var logPromises = []promise{
 		for _, code := range []string{"not_found", "rate_limited"} {
 			line := s.logLine(s.send(long.ip(ip)).refused(code))
 			method, path := fmt.Sprint(line["method"]), fmt.Sprint(line["path"])
-			if len(method) > 256 || len(path) > 256 || len(method) < 200 || len(path) < 200 ||
-				strings.Contains(path, "\ufffd") || line["code"] != code {
-				s.Errorf("%s is logged with %d bytes of method, %d of path: %.300v",
-					code, len(method), len(path), line)
-			}
+			s.expect(len(method) <= 256 && len(path) <= 256 && len(method) >= 200 &&
+				len(path) >= 200 && !strings.Contains(path, "\ufffd") && line["code"] == code,
+				"%s is logged with %d bytes of method, %d of path: %.300v", code, len(method),
+				len(path), line)
 		}
 		if n := len(s.log.String()); n > 4096 {
 			s.Errorf("the log has %d bytes after two requests", n)
@@ -112,9 +108,7 @@ var logPromises = []promise{
 		ip := newIP()
 		s.send(get("/auth/me").ip(ip))
 		line := s.logLine(s.send(get("/auth/me").ip(ip)).refused("rate_limited"))
-		if line["route"] != "GET /auth/me" || line["ip"] != ip {
-			s.Errorf("it is logged as %v", line)
-		}
+		s.expect(line["route"] == "GET /auth/me" && line["ip"] == ip, "it is logged as %v", line)
 	}},
 	{"no user can write a line of the log", own, func(s *server) {
 		s = s.start(production)
@@ -159,15 +153,13 @@ func logsRequests(s *server) {
 		path, _, _ := strings.Cut(x.r.path, "?")
 		route, _ := line["route"].(string) // or there is none
 		sid, _ := line["sessionId"].(string)
-		if line["method"] != x.r.method || line["path"] != path || route != x.route ||
-			line["status"] != float64(x.status) || line["ip"] != x.r.header["X-Forwarded-For"] ||
-			line["code"] != x.code || line["level"] != "INFO" || line["msg"] == "" ||
-			(line["userId"] == c.id) != x.user || uuidForm.MatchString(sid) != x.user {
-			s.Errorf("%s, %d %v is logged as %v", a, x.status, x.code, line)
-		}
-		if x.r.path != "/auth/login" && x.user && sid != c.sid() {
-			s.Errorf("%s: sessionId is %q, want %q", a, sid, c.sid())
-		}
+		s.expect(line["method"] == x.r.method && line["path"] == path && route == x.route &&
+			line["status"] == float64(x.status) && line["ip"] == x.r.header["X-Forwarded-For"] &&
+			line["code"] == x.code && line["level"] == "INFO" && line["msg"] != "" &&
+			(line["userId"] == c.id) == x.user && uuidForm.MatchString(sid) == x.user,
+			"%s, %d %v is logged as %v", a, x.status, x.code, line)
+		s.expect(x.r.path == "/auth/login" || !x.user || sid == c.sid(),
+			"%s: sessionId is %q, want %q", a, sid, c.sid())
 		if ms, ok := line["durationMs"].(float64); !ok || ms <= 0 || ms > 60_000 {
 			s.Errorf("%s: durationMs is %v", a, line["durationMs"])
 		}

@@ -65,20 +65,15 @@ var metricsPromises = []promise{
 	{"every family has HELP and TYPE, from the start", own, func(s *server) {
 		families := s.start(env{"METRICS_ADDR": "127.0.0.1:" + freePort()}).scrape()
 		for name, kind := range metricKinds {
-			if families[name] == nil || families[name].GetType() != kind {
-				s.Errorf("%s is %v, want a %v", name, families[name], kind)
-			}
-			if families[name].GetHelp() == "" {
-				s.Errorf("%s has no HELP", name)
-			}
+			s.expect(families[name] != nil && families[name].GetType() == kind,
+				"%s is %v, want a %v", name, families[name], kind)
+			s.expect(families[name].GetHelp() != "", "%s has no HELP", name)
 		}
 		for _, gauge := range []string{
 			"latchkey_hashing_slots", "go_goroutines", "latchkey_postgres_connections",
 			"latchkey_redis_connections", "go_memstats_sys_bytes",
 		} {
-			if value(families, gauge, "") < 1 {
-				s.Errorf("%s cannot be 0", gauge)
-			}
+			s.expect(value(families, gauge, "") >= 1, "%s cannot be 0", gauge)
 		}
 	}},
 	{"requests, limits and refreshes are counted, and no client's text is a label", own, counts},
@@ -139,9 +134,8 @@ func counts(s *server) {
 		for _, m := range family.GetMetric() {
 			text := m.String()
 			for _, own := range []string{"somebody", "BREW", "4a1bb9d1", c.id, c.ip, emailMark} {
-				if strings.Contains(text, own) {
-					s.Errorf("a client's own text is a label of %s: %s", name, text)
-				}
+				s.expect(!strings.Contains(text, own),
+					"a client's own text is a label of %s: %s", name, text)
 			}
 		}
 	}

@@ -334,9 +334,8 @@ func logouts(s *server) {
 		s.send(r).shouldBe(x.code, name).clearsCookie()
 		for owner, session := range map[string]*client{"own": c, "other's": other} {
 			a := session.on(replica).me(session.access)
-			if (a.status() != 200) != (owner == x.ends) {
-				s.Errorf("%s: the %s session: %d %s", name, owner, a.status(), a.body)
-			}
+			s.expect((a.status() != 200) == (owner == x.ends),
+				"%s: the %s session: %d %s", name, owner, a.status(), a.body)
 		}
 	}
 }
@@ -348,9 +347,8 @@ func livesAtMost(s *server) {
 	s.eventually(10*time.Second, "the session ends", func() bool {
 		a := c.elsewhere().show(c.refresh)
 		if a.status() != 200 {
-			if !strings.Contains("session_revoked token_expired", a.code()) {
-				s.Errorf("it ends with %s", a.body)
-			}
+			s.expect(strings.Contains("session_revoked token_expired", a.code()),
+				"it ends with %s", a.body)
 			return true
 		}
 		c.take(a)

@@ -126,10 +126,9 @@ var rotationPromises = []promise{
 			first := c.rotate()
 			time.Sleep(1100 * time.Millisecond) // a Max-Age reckoned from now would show
 			again := c.show(old).ok()
-			if again.Header.Get("Set-Cookie") != first.Header.Get("Set-Cookie") {
-				s.Errorf("the successor of one token:\n%s\n%s",
-					first.Header.Get("Set-Cookie"), again.Header.Get("Set-Cookie"))
-			}
+			s.expect(again.Header.Get("Set-Cookie") == first.Header.Get("Set-Cookie"),
+				"the successor of one token:\n%s\n%s", first.Header.Get("Set-Cookie"),
+				again.Header.Get("Set-Cookie"))
 			if again.str("accessToken") == c.access {
 				s.Error("the access token is no fresh one")
 			}

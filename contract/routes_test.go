@@ -12,18 +12,16 @@ import (
 var routePromises = []promise{
 	{"POST /auth/signup opens an account and its first session", aURL, func(s *server) {
 		c := s.signup()
-		if !uuidForm.MatchString(c.id) || c.last.str("user", "email") != c.email {
-			s.Errorf("body %s", c.last.body)
-		}
+		s.expect(uuidForm.MatchString(c.id) && c.last.str("user", "email") == c.email,
+			"body %s", c.last.body)
 		s.isNow(c.last.str("user", "createdAt"))
 		c.lives()
 	}},
 	{"POST /auth/login opens another session", aURL, func(s *server) {
 		c := s.signup()
 		other := c.login()
-		if other.last.str("user", "id") != c.id || other.last.str("user", "email") != c.email {
-			s.Errorf("body %s", other.last.body)
-		}
+		s.expect(other.last.str("user", "id") == c.id && other.last.str("user", "email") == c.email,
+			"body %s", other.last.body)
 		other.lives()
 		c.lives()
 	}},
@@ -31,9 +29,8 @@ var routePromises = []promise{
 		c := s.signup()
 		old := *c
 		c.rotate()
-		if c.refresh == old.refresh || c.access == old.access || c.sid() != old.sid() {
-			s.Error("a token was handed out twice, or the session's id has changed")
-		}
+		s.expect(c.refresh != old.refresh && c.access != old.access && c.sid() == old.sid(),
+			"a token was handed out twice, or the session's id has changed")
 		c.show(old.refresh).refused("refresh_reused")
 		c.lives()
 	}},
@@ -47,24 +44,21 @@ var routePromises = []promise{
 	}},
 	{"GET /auth/me tells the user as PostgreSQL has it", stored, func(s *server) {
 		c := s.signup()
-		if a := c.me(c.access); fmt.Sprint(a.json["user"]) != fmt.Sprint(c.last.json["user"]) {
-			s.Errorf("me says %s, signup said %s", a.body, c.last.body)
-		}
+		same := fmt.Sprint(c.me(c.access).json["user"]) == fmt.Sprint(c.last.json["user"])
+		s.expect(same, "me says another user than signup, %s", c.last.body)
 		email := newEmail()
 		at := time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)
 		s.exec("UPDATE users SET email = $1, created_at = $2 WHERE id = $3", email, at, c.id)
 		a := c.me(c.access).ok()
-		if a.str("user", "email") != email || !s.isTime(a.str("user", "createdAt")).Equal(at) {
-			s.Errorf("body %s", a.body)
-		}
+		s.expect(a.str("user", "email") == email && s.isTime(a.str("user", "createdAt")).Equal(at),
+			"body %s", a.body)
 	}},
 	{"the account routes are 404 where the user is gone and the session is not", stored,
 		func(s *server) {
 			c := s.signup()
 			s.exec("DELETE FROM users WHERE id = $1", c.id)
-			if a := c.me(c.access).refused("user_not_found"); a.json["error"] != "User not found" {
-				s.Errorf("body %s", a.body)
-			}
+			a := c.me(c.access).refused("user_not_found")
+			s.expect(a.json["error"] == "User not found", "body %s", a.body)
 			c.changePassword(c.password, newPassword()).refused("user_not_found")
 			c.deleteAccount(c.password).refused("user_not_found")
 		}},
@@ -76,10 +70,9 @@ var routePromises = []promise{
 			device := c.login()
 			got := device.sessions()[0]
 			whole := got.UserAgent == agent || len(agent) > 50 && len(got.UserAgent) > 50
-			if got.IP != device.ip || len(got.UserAgent) > 1000 || !whole ||
-				!strings.HasPrefix(agent, got.UserAgent) {
-				s.Errorf("the session is %v, want ip %s and agent %.20q", got, device.ip, agent)
-			}
+			s.expect(got.IP == device.ip && len(got.UserAgent) <= 1000 && whole &&
+				strings.HasPrefix(agent, got.UserAgent),
+				"the session is %v, want ip %s and agent %.20q", got, device.ip, agent)
 		}
 	}},
 	{"DELETE /auth/sessions/{id} ends that session only", aURL, func(s *server) {
@@ -90,9 +83,7 @@ var routePromises = []promise{
 		for _, id := range []string{other.sid(), stranger.sid(), newUUID(), "*", c.sid() + "x"} {
 			c.revoke(id).refused("session_not_found")
 		}
-		if n := len(c.sessions()); n != 2 {
-			s.Errorf("%d sessions are listed, want 2", n)
-		}
+		s.expect(len(c.sessions()) == 2, "the sessions are %v, want 2", c.sessions())
 		c.lives()
 		c.revoke(c.sid()).ok().clearsCookie() // the caller's own
 		c.gone()
@@ -102,13 +93,12 @@ var routePromises = []promise{
 	{"DELETE /auth/sessions logs out everywhere, this session too", aURL, func(s *server) {
 		c, stranger := s.signup(), s.signup()
 		other := c.login()
-		c.revokeAll().ok()
+		c.revokeAll().ok().clearsCookie()
 		c.gone()
 		other.gone()
 		stranger.lives()
-		if n := len(c.login().sessions()); n != 1 {
-			s.Errorf("%d sessions after a new login, want 1", n)
-		}
+		list := c.login().sessions()
+		s.expect(len(list) == 1, "the sessions after a new login are %v", list)
 	}},
 	{"PUT /auth/password revokes every other session; this one goes on", aURL, func(s *server) {
 		c := s.signup()
@@ -131,20 +121,17 @@ var routePromises = []promise{
 		other := c.login()
 		c.deleteAccount(newPassword()).refused("invalid_credentials")
 		c.lives()
-		c.deleteAccount(c.password).ok()
+		c.deleteAccount(c.password).ok().clearsCookie()
 		c.gone()
 		other.gone()
 		c.tryLogin().refused("invalid_credentials")
-		if again := s.trySignup(c.email, c.password).ok(); again.str("user", "id") == c.id {
-			s.Error("the new account has the id of the deleted one")
-		}
+		again := s.trySignup(c.email, c.password).ok().str("user", "id")
+		s.expect(again != c.id, "the new account has the id of the deleted one")
 	}},
 	{"GET /healthz and GET /readyz say that all is ok", aURL, func(s *server) {
 		for _, path := range []string{"/healthz", "/readyz"} {
 			for name, value := range s.send(get(path)).ok().json {
-				if value != "ok" {
-					s.Errorf("%s: %s is %v", path, name, value)
-				}
+				s.expect(value == "ok", "%s: %s is %v", path, name, value)
 			}
 		}
 	}},
@@ -158,9 +145,8 @@ var routePromises = []promise{
 		} {
 			for _, method := range []string{"GET", "POST", "DELETE"} {
 				a := c.elsewhere().send(to(method+" "+path)).shouldBe("not_found", path)
-				if a.Header.Get("Location") != "" {
-					s.Errorf("%s redirects to %s", a, a.Header.Get("Location"))
-				}
+				s.expect(a.Header.Get("Location") == "",
+					"%s redirects to %s", a, a.Header.Get("Location"))
 			}
 		}
 		c.send(get("/auth/me?x=y")).ok()
@@ -189,9 +175,8 @@ var routePromises = []promise{
 			"/healthz": 200, "/readyz": 200, "/auth/me": 200, "/auth/sessions": 200,
 			"/auth/login": 405, "/nowhere": 404,
 		} {
-			if a := c.send(to("HEAD " + path)).want(status); len(a.body) != 0 {
-				s.Errorf("%s has a body", a)
-			}
+			a := c.send(to("HEAD " + path)).want(status)
+			s.expect(len(a.body) == 0, "%s has a body", a)
 		}
 		s.send(to("HEAD /auth/me")).want(401)
 	}},
@@ -210,13 +195,11 @@ func listsSessions(s *server) {
 		s.isNow(x.CreatedAt)
 		lastUsed := s.isTime(x.LastUsedAt)
 		refreshed := lastUsed.After(s.isTime(x.CreatedAt))
-		if x.Current != (x.ID == c.sid()) || refreshed != (x.ID == phone.sid()) {
-			s.Errorf("current or last used is wrong in %v", x)
-		}
+		s.expect(x.Current == (x.ID == c.sid()) && refreshed == (x.ID == phone.sid()),
+			"current or last used is wrong in %v", x)
 		used = append(used, lastUsed)
 	}
 	sorted := slices.IsSortedFunc(used, func(a, b time.Time) int { return b.Compare(a) })
-	if len(list) != 3 || list[0].ID != phone.sid() || !sorted {
-		s.Errorf("the list is %v, want three sessions with the phone first", list)
-	}
+	s.expect(len(list) == 3 && list[0].ID == phone.sid() && sorted,
+		"the list is %v, want three sessions with the phone first", list)
 }

@@ -13,7 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
+	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -82,31 +83,32 @@ func (s *server) askedBy(t *testing.T) *server {
 	return &asked
 }
 
-// Errorf and Fatalf say which line of a promise has failed, whatever helper has found it out.
-
-func (s *server) Errorf(format string, args ...any) {
-	s.T.Errorf("%s: %s", promiseLine(), fmt.Sprintf(format, args...))
-}
-
-func (s *server) Fatalf(format string, args ...any) {
-	s.T.Fatalf("%s: %s", promiseLine(), fmt.Sprintf(format, args...))
-}
-
-// promiseLine is the innermost line of the call stack that is in no file of helpers.
-func promiseLine() string {
-	callers := make([]uintptr, 50)
-	frames := runtime.CallersFrames(callers[:runtime.Callers(2, callers)])
-	for {
-		frame, more := frames.Next()
-		file := filepath.Base(frame.File)
-		if !slices.Contains(helperFiles, file) || !more {
-			return fmt.Sprintf("%s:%d", file, frame.Line)
-		}
+// expect reports a failure unless what the test expects holds.
+func (s *server) expect(holds bool, format string, args ...any) {
+	if !holds {
+		s.Errorf(format, args...)
 	}
 }
 
-var helperFiles = []string{
-	"answer_test.go", "client_test.go", "server_test.go", "stores_test.go", "openapi_test.go",
+// Errorf and Fatalf say which line of a promise has failed, whatever helper has found it out.
+
+func (s *server) Errorf(format string, args ...any) {
+	s.T.Errorf("%s: %s", failedLine(), fmt.Sprintf(format, args...))
+}
+
+func (s *server) Fatalf(format string, args ...any) {
+	s.T.Fatalf("%s: %s", failedLine(), fmt.Sprintf(format, args...))
+}
+
+var (
+	testLine   = regexp.MustCompile(`[a-z]+_test\.go:\d+`)
+	helperLine = regexp.MustCompile(`^(answer|client|server|stores|openapi)_`)
+)
+
+// failedLine is the innermost line of the call stack that is in no file of helpers.
+func failedLine() string {
+	lines := testLine.FindAllString(string(debug.Stack()), -1)
+	return slices.DeleteFunc(lines, helperLine.MatchString)[0]
 }
 
 // conf is the server's value of a variable, with the contract's default.

@@ -101,9 +101,7 @@ var tokenPromises = []promise{
 		c := s.signup()
 		for _, token := range []string{c.access, c.refresh} {
 			header, _, _ := strings.Cut(token, ".")
-			if header != base64url(jwtHeader) {
-				s.Errorf("the header is %s", header)
-			}
+			s.expect(header == base64url(jwtHeader), "the header is %s", header)
 		}
 	}},
 	{"the claims are userId, email, iat, exp, sub, sid and jti", aURL, func(s *server) {
@@ -113,16 +111,15 @@ var tokenPromises = []promise{
 		for _, token := range []string{c.access, c.refresh, other.access, other.refresh} {
 			got := s.claims(token)
 			names := strings.Join(slices.Sorted(maps.Keys(got)), " ")
-			if names != "email exp iat jti sid sub userId" || got.text("email") != c.email ||
-				got.text("userId") != c.id || got.text("sub") != c.id {
-				s.Errorf("the claims are %v", got)
-			}
+			s.expect(names == "email exp iat jti sid sub userId" && got.text("email") == c.email &&
+				got.text("userId") == c.id && got.text("sub") == c.id,
+				"the claims are %v", got)
 			s.isNow(time.Unix(got.number("iat"), 0).UTC().Format(time.RFC3339))
 			ids[got.text("jti")] = true
 		}
-		if len(ids) != 4 || s.claims(c.refresh).text("sid") != c.sid() || c.sid() == other.sid() {
-			s.Errorf("jti does not name the token, or sid the session")
-		}
+		s.expect(len(ids) == 4 && s.claims(c.refresh).text("sid") == c.sid() &&
+			c.sid() != other.sid(),
+			"jti does not name the token, or sid the session")
 	}},
 	{"ACCESS_TOKEN_TTL is 15 minutes, REFRESH_TOKEN_TTL 7 days", aURL, func(s *server) {
 		c := s.signup()
@@ -130,9 +127,8 @@ var tokenPromises = []promise{
 			c.access: "ACCESS_TOKEN_TTL", c.refresh: "REFRESH_TOKEN_TTL",
 		} {
 			life := s.claims(token).number("exp") - s.claims(token).number("iat")
-			if float64(life) != s.duration(name).Seconds() {
-				s.Errorf("%s: a token lives %d s", name, life)
-			}
+			s.expect(float64(life) == s.duration(name).Seconds(),
+				"%s: a token lives %d s", name, life)
 		}
 	}},
 	{"an access token is signed with JWT_SECRET, the other with JWT_REFRESH_SECRET", secrets,
@@ -268,65 +264,36 @@ func rotatesSecrets(s *server) {
 	idle.on(second).lives()
 }
 
-// respelled is base64url text with another last character that carries the same bytes, if its
-// length leaves bits over: the low bit of that character is one of them.
-func respelled(text string) string {
-	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-	last := strings.IndexByte(alphabet, text[len(text)-1])
-	return text[:len(text)-1] + string(alphabet[last^1])
-}
-
-// forgeries are tokens that must not pass, made from one that does. There are more of each kind in
-// the root module's tests of verify.
+// forgeries are tokens that must not pass, made from one that does. They are one or two of a kind:
+// the root module's tests of verify have all that were thought of.
 func (s *server) forgeries(secret, otherSecret, good string) map[string]string {
 	parts := strings.Split(good, ".")
-	decoded, err := base64.RawURLEncoding.DecodeString(parts[1])
-	if err != nil {
-		s.Fatalf("%v", err)
-	}
+	decoded, _ := base64.RawURLEncoding.DecodeString(parts[1])
 	payload := string(decoded)
-	headed := func(header string) string { return sign(secret, header, payload) }
-	with := func(other claims) string { return s.changed(secret, good, other) }
-	// exp is the claims with this exp before another.
+	// exp is the claims with this exp.
 	exp := func(value string) string {
-		replaced := strings.Replace(payload, `"exp":`, `"exp":`+value+`,"x":`, 1)
-		return sign(secret, jwtHeader, replaced)
+		edited := strings.Replace(payload, `"exp":`, `"exp":`+value+`,"x":`, 1)
+		return sign(secret, jwtHeader, edited)
 	}
-	spare := payload // with a length that leaves bits over in its last character
-	for len(spare)%3 == 0 {
-		spare += " "
-	}
-	spare = base64url(spare)
+	unsigned := base64url(`{"alg":"none","typ":"JWT"}`) + "." + parts[1] + "."
 	return map[string]string{
-		"alg none, unsigned":          base64url(`{"alg":"none"}`) + "." + parts[1] + ".",
-		"alg none, signed":            headed(`{"alg":"none","typ":"JWT"}`),
-		"alg HS512":                   headed(`{"alg":"HS512","typ":"JWT"}`),
-		"header with kid":             headed(`{"alg":"HS256","typ":"JWT","kid":"1"}`),
-		"header in another order":     headed(`{"typ":"JWT","alg":"HS256"}`),
-		"header with a space":         headed(`{"alg": "HS256","typ":"JWT"}`),
-		"no signature":                parts[0] + "." + parts[1] + ".",
-		"two parts":                   parts[0] + "." + parts[1],
-		"four parts":                  good + "." + parts[2],
-		"no token at all":             "nonsense",
-		"another payload":             parts[0] + "." + spare + "." + parts[2],
-		"the other secret":            s.changed(otherSecret, good, nil),
-		"no secret":                   s.changed("\x00", good, nil), // as with an empty key
-		"expired and wrongly signed":  s.changed(otherSecret, good, expired()),
-		"signature spelled otherwise": respelled(good),
-		"payload spelled otherwise":   signed(secret, parts[0]+"."+respelled(spare)),
-		"payload with padding":        signed(secret, parts[0]+"."+spare+"="),
-		"signature with padding":      good + "=",
-		"no exp":                      with(claims{"exp": nil}),
-		"exp with a fraction":         exp("99999999999.5"),
-		"exp as text":                 exp(`"99999999999"`),
-		"exp null":                    exp("null"),
-		"nbf in the future":           with(claims{"nbf": inAnHour()}),
-		"nbf as text":                 with(claims{"nbf": "0"}),
-		"no sid":                      with(claims{"sid": nil}),
-		"sub of somebody else":        with(claims{"sub": newUUID()}),
-		"claims in an array":          sign(secret, jwtHeader, "["+payload+"]"),
-		"claims with trailing data":   sign(secret, jwtHeader, payload+"{}"),
-		"4,097 characters":            s.sized(secret, good, 4097),
-		"8,000 characters":            with(claims{"x": strings.Repeat("x", 5500)}),
+		"alg none, unsigned":         unsigned,
+		"alg none, signed":           sign(secret, `{"alg":"none","typ":"JWT"}`, payload),
+		"a header with kid":          sign(secret, `{"alg":"HS256","typ":"JWT","kid":"1"}`, payload),
+		"a header in another order":  sign(secret, `{"typ":"JWT","alg":"HS256"}`, payload),
+		"no signature":               parts[0] + "." + parts[1] + ".",
+		"no token at all":            "nonsense",
+		"another payload":            parts[0] + "." + base64url(payload+" ") + "." + parts[2],
+		"the other secret":           s.changed(otherSecret, good, nil),
+		"no secret":                  s.changed("\x00", good, nil), // as with an empty key
+		"expired and wrongly signed": s.changed(otherSecret, good, expired()),
+		"a signature with padding":   good + "=",
+		"no exp":                     s.changed(secret, good, claims{"exp": nil}),
+		"exp with a fraction":        exp("99999999999.5"),
+		"exp as text":                exp(`"99999999999"`),
+		"nbf in the future":          s.changed(secret, good, claims{"nbf": inAnHour()}),
+		"no sid":                     s.changed(secret, good, claims{"sid": nil}),
+		"sub of somebody else":       s.changed(secret, good, claims{"sub": newUUID()}),
+		"4,097 characters":           s.sized(secret, good, 4097),
 	}
 }

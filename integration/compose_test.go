@@ -90,8 +90,11 @@ func TestCompose(t *testing.T) {
 
 	p.compose("restart")
 	p.compose("up", "--wait")
-	u.login() // PostgreSQL kept the user,
-	u.lives() // and Redis the session.
+	// PostgreSQL kept the user, and Redis the session, whose tokens another start does not know.
+	sessions := u.login().must("GET", "/auth/sessions", nil).body.Sessions
+	if len(sessions) != 2 {
+		t.Errorf("the sessions after a restart are %v, want that of before and a new one", sessions)
+	}
 	p.compose("down")
 	p.compose("up", "--wait")
 	u.login().lives()

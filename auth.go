@@ -44,9 +44,10 @@ const (
 	// maxBcryptCost bounds the time that a stored hash may take: 16 is three seconds, 31 is days.
 	maxBcryptCost = 16
 
-	// staleTries is how often a request judges a password whose hash is replaced each time before
-	// it can act. Only logins of one account with different costs on different replicas need two.
-	staleTries = 3
+	// staleTries bounds how often a request judges a password whose hash is replaced each time
+	// before it can act. A change needs one more try. Logins on replicas with different costs may
+	// need several.
+	staleTries = 5
 )
 
 // auth serves the routes under /auth.
@@ -252,14 +253,13 @@ func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	err = a.store.revoke(r.Context(), c.UserID, c.SessionID)
-	if errors.Is(err, errNoSession) {
-		a.clearCookie(w)
-		return errEnded
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errNoSession) {
 		return err // the cookie stays, for the session may live
 	}
 	a.clearCookie(w)
+	if err != nil {
+		return errEnded
+	}
 	return writeJSON(w, http.StatusOK, message{"Logout successful"})
 }
 
@@ -306,7 +306,7 @@ func (a *auth) revokeSession(w http.ResponseWriter, r *http.Request, c claims) e
 
 // revokeSessions ends all of the caller's sessions, this one too.
 func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) error {
-	if err := a.store.revokeAll(r.Context(), c.UserID); err != nil {
+	if err := a.store.revokeAll(r.Context(), c.UserID, c.SessionID); err != nil {
 		return err
 	}
 	a.clearCookie(w)
@@ -357,7 +357,7 @@ func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) e
 		if err != nil {
 			return err
 		}
-		return a.store.deleteUser(r.Context(), u)
+		return a.store.deleteUser(r.Context(), u, c.SessionID)
 	})
 	if err != nil {
 		return err
@@ -548,7 +548,7 @@ func (b *passwordOnly) member(name string) *string {
 // readBody reads the body of a request into b. A member that is missing stays empty.
 func readBody(w http.ResponseWriter, r *http.Request, b body) error {
 	if r.ContentLength > maxBodyBytes {
-		w.Header().Set("Connection", "close") // otherwise net/http reads it before it answers
+		w.Header().Set("Connection", "close") // otherwise net/http waits for the body first
 		return errBodyTooLarge
 	}
 	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
@@ -566,10 +566,11 @@ func readBody(w http.ResponseWriter, r *http.Request, b body) error {
 	return parseObject(data, b)
 }
 
-// parseObject reads data, one JSON object, into b. It is stricter than encoding/json, so that
-// whoever else reads the same text finds the same in it (RFC 8259 section 4): names are matched
-// with their exact case, no name is given twice, and the text is valid UTF-8. What is inside a
-// member that b does not have needs only to be JSON.
+// parseObject reads data, one JSON object, into b. It is stricter than encoding/json, so that a
+// proxy or a log that reads the same text finds the same members in it (RFC 8259 section 4): names
+// are matched with their exact case, no name is given twice, and the text is valid UTF-8. What is
+// inside a member that b does not have needs only to be JSON. An escape of half a surrogate pair
+// becomes U+FFFD, as it does when JavaScript writes such a string in UTF-8.
 func parseObject(data []byte, b body) error {
 	if !utf8.Valid(data) || !json.Valid(data) {
 		return errInvalidJSON
@@ -709,12 +710,10 @@ func passwordFault(password string) string {
 // it is not or if there is no such user.
 func (a *auth) authenticate(r *http.Request, email, password string) (user, error) {
 	u, err := a.store.findUserByEmail(r.Context(), email)
-	if errors.Is(err, errNoUser) {
-		u, err = user{}, nil // no password is theirs, which takes as long to find out
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, errNoUser) {
 		return user{}, err
 	}
+	// Without such a user the hash is empty. No password matches it, which takes as long to find.
 	infoOf(r).userID = u.ID // the log names whose login fails
 	return u, a.judgePassword(r, email, u.PasswordHash, password)
 }
@@ -771,8 +770,8 @@ func retryStale(try func() error) error {
 	return err
 }
 
-// upgradeHash hashes the password anew if its hash has another cost than new ones get. The login
-// stands also if that fails.
+// upgradeHash hashes the password anew if its hash has another cost than new ones get. If that
+// fails, the login still succeeds.
 func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 	cost, err := bcrypt.Cost([]byte(u.PasswordHash))
 	if err != nil || cost == a.hasher.cost {
@@ -788,11 +787,11 @@ func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 // Hashing
 
 const (
-	// hashWait is the longest wait for a hashing slot. People wait longer for nothing.
+	// hashWait is the longest wait for a hashing slot. Hardly anybody waits longer for a login.
 	hashWait = 2 * time.Second
 
-	// hashQueue bounds how many requests wait. At four hashes a second and slot, most of a longer
-	// queue would wait in vain.
+	// hashQueue bounds how many requests wait, and so the memory that they take. A machine with 32
+	// processors hashes about this many passwords in hashWait.
 	hashQueue = 256
 )
 

@@ -18,8 +18,8 @@ const (
 	// accepted. The algorithm is never read from a token (RFC 8725 section 3.1).
 	jwtHeader = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9"
 
-	// maxTokenBytes bounds the work that a made-up token causes. Ours have about 500 bytes, or
-	// 1,000 with the longest email.
+	// maxTokenBytes bounds the work that a made-up token causes. Ours have about 500 bytes, and up
+	// to 2,400 with an email of which JSON escapes every character.
 	maxTokenBytes = 4096
 )
 

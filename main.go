@@ -143,8 +143,8 @@ func runMigrations(
 	return err
 }
 
-// runHealthcheck asks the server on this host whether it is ready. It is what the image is checked
-// by, since that has no shell and no curl.
+// runHealthcheck asks the server on this host whether it is ready. The image uses it as its health
+// check, because it has no shell and no curl.
 func runHealthcheck(env *environment) error {
 	port := env.port()
 	if err := env.err(); err != nil {
@@ -163,10 +163,7 @@ func runHealthcheck(env *environment) error {
 }
 
 func runVersion(stdout io.Writer) error {
-	build, ok := debug.ReadBuildInfo()
-	if !ok {
-		return errors.New("the binary has no build information")
-	}
+	build, _ := debug.ReadBuildInfo() // every binary of a module has it
 	_, err := fmt.Fprintln(stdout, "latchkey", build.Main.Version, build.GoVersion)
 	return err
 }
@@ -175,7 +172,7 @@ func runVersion(stdout io.Writer) error {
 
 const (
 	// readHeaderTimeout, readTimeout, writeTimeout and idleTimeout keep slow clients from holding
-	// connections. A body of 100 KB arrives within 10 s on any line that is of use.
+	// connections. A body of 100 KB arrives within 10 s even on a slow line.
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 10 * time.Second
 	writeTimeout      = 30 * time.Second
@@ -185,10 +182,10 @@ const (
 	maxHeaderBytes = 16 << 10
 )
 
-// processors returns how many processors the process may use, and doubles GOMAXPROCS. Go lets a
-// hashing goroutine keep its thread for 10 ms at a time. With twice as many threads as processors
-// the kernel shares the processors out, and favours threads that have waited.
-var processors = sync.OnceValue(func() int {
+// doubleThreads doubles GOMAXPROCS, once, and returns how many processors the process may use. Go
+// lets a hashing goroutine keep its thread for 10 ms at a time. With twice as many threads as
+// processors the kernel shares the processors out, and favours threads that have waited.
+var doubleThreads = sync.OnceValue(func() int {
 	n := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(2 * n)
 	return n
@@ -241,7 +238,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 
 	log.Info("shutting down")
 	app.draining.Store(true)
-	// Load balancers ask /readyz meanwhile, and send no more.
+	// Meanwhile load balancers see /readyz fail, and stop sending requests.
 	time.Sleep(cfg.shutdownTimeout / 10)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout*9/10)
 	defer cancel()
@@ -315,7 +312,7 @@ func newApp(
 	db *pgxpool.Pool,
 	rdb redis.UniversalClient,
 ) (*app, error) {
-	h, err := newHasher(processors(), cfg.bcryptCost)
+	h, err := newHasher(doubleThreads(), cfg.bcryptCost)
 	if err != nil {
 		return nil, err
 	}
@@ -510,7 +507,7 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 
 // Configuration
 
-// config is what the environment says, checked.
+// config is the validated configuration.
 type config struct {
 	development     bool
 	port            int
@@ -558,11 +555,6 @@ func (e *environment) fault(name, format string, args ...any) {
 	e.faults = append(e.faults, fmt.Errorf(name+": "+format, args...))
 }
 
-// text returns a variable, or the default if it is unset or empty.
-func (e *environment) text(name, defaultValue string) string {
-	return cmp.Or(e.getenv(name), defaultValue)
-}
-
 // required returns a variable that only development has a default for.
 func (e *environment) required(name, developmentValue string) string {
 	value := e.getenv(name)
@@ -577,15 +569,15 @@ func (e *environment) required(name, developmentValue string) string {
 
 // oneOf returns a variable that is one of some words. The first word is the default.
 func (e *environment) oneOf(name string, words ...string) string {
-	word := e.text(name, words[0])
+	word := cmp.Or(e.getenv(name), words[0])
 	if !slices.Contains(words, word) {
 		e.fault(name, "must be one of %s", strings.Join(words, ", "))
 	}
 	return word
 }
 
-// integer reads a value that is a whole number from low to high. An empty value is no fault of its
-// own: whoever read it has noted that it is required.
+// integer reads a value that is a whole number from low to high. An empty value is not reported
+// here: required has reported it.
 func (e *environment) integer(name, value string, low, high int) int {
 	if value == "" {
 		return 0
@@ -597,14 +589,14 @@ func (e *environment) integer(name, value string, low, high int) int {
 	return n
 }
 
-// count returns a variable that is a whole number from low on.
+// count returns a variable that is a whole number of at least low.
 func (e *environment) count(name, defaultValue string, low int) int {
-	return e.integer(name, e.text(name, defaultValue), low, math.MaxInt32)
+	return e.integer(name, cmp.Or(e.getenv(name), defaultValue), low, math.MaxInt32)
 }
 
 // duration returns a variable that is a Go duration of at least low, in whole steps.
 func (e *environment) duration(name, defaultValue string, low, step time.Duration) time.Duration {
-	d, err := time.ParseDuration(e.text(name, defaultValue))
+	d, err := time.ParseDuration(cmp.Or(e.getenv(name), defaultValue))
 	if err != nil || d < low || d%step != 0 {
 		e.fault(name, "must be a duration such as %s, at least %v, in steps of %v",
 			defaultValue, low, step)
@@ -659,10 +651,8 @@ func (e *environment) database() *pgxpool.Config {
 	if value == "" {
 		return nil
 	}
-	isPostgres := strings.HasPrefix(value, "postgres://") ||
-		strings.HasPrefix(value, "postgresql://")
 	cfg, err := pgxpool.ParseConfig(value)
-	if err != nil || !isPostgres || !hasPlainUserinfo(value) {
+	if err != nil || !isStoreURL(value, "postgres", "postgresql") {
 		e.fault("DATABASE_URL", "must be a PostgreSQL URL, "+
 			"postgres://user:password@host:port/database, with the password percent-encoded")
 		return nil
@@ -679,13 +669,13 @@ func (e *environment) database() *pgxpool.Config {
 	return cfg
 }
 
-// hasPlainUserinfo reports whether a URL has at most one @, and that one before its host. Any other
-// @ is part of a password that should be escaped. Without this check the rest of that password
-// would be taken for a host or a database, and be shown in errors.
-func hasPlainUserinfo(value string) bool {
-	_, rest, _ := strings.Cut(value, "://")
+// isStoreURL reports whether a URL has one of the schemes, and at most one @, which stands before
+// its host. Any other @ is part of a password that should be escaped. Without this check the rest
+// of that password would be taken for a host or a database, and be shown in errors.
+func isStoreURL(value string, schemes ...string) bool {
+	scheme, rest, _ := strings.Cut(value, "://")
 	userinfo := rest[:max(0, strings.LastIndexByte(rest, '@'))]
-	return !strings.ContainsAny(userinfo, "@/?#")
+	return slices.Contains(schemes, scheme) && !strings.ContainsAny(userinfo, "@/?#")
 }
 
 // redis reads REDIS_URL. The client sends nothing a second time: what counts or rotates may have
@@ -712,24 +702,23 @@ func (e *environment) redis() *redis.UniversalOptions {
 	}
 	cluster, clusterErr := redis.ParseClusterURL(value)
 	single, singleErr := redis.ParseURL(value)
+	isURL := isStoreURL(value, "redis", "rediss")
 	switch {
-	case !hasPlainUserinfo(value):
-		e.fault("REDIS_URL", "must have its password percent-encoded")
-	case clusterErr == nil && len(cluster.Addrs) > 1:
+	case isURL && clusterErr == nil && len(cluster.Addrs) > 1:
 		options.IsClusterMode = true
 		options.Addrs = cluster.Addrs
 		options.Username = cluster.Username
 		options.Password = cluster.Password
 		options.TLSConfig = cluster.TLSConfig
-	case singleErr == nil && single.Network == "tcp":
+	case isURL && singleErr == nil:
 		options.Addrs = []string{single.Addr}
 		options.DB = single.DB
 		options.Username = single.Username
 		options.Password = single.Password
 		options.TLSConfig = single.TLSConfig
 	default:
-		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port, "+
-			"or rediss:// for TLS")
+		e.fault("REDIS_URL", "must be a Redis URL, redis://user:password@host:port or rediss:// "+
+			"for TLS, with the password percent-encoded")
 	}
 	return options
 }
@@ -797,7 +786,7 @@ func (e *environment) bcryptCost() int {
 	if e.development {
 		lowest = bcrypt.MinCost
 	}
-	return e.integer("BCRYPT_COST", e.text("BCRYPT_COST", "12"), lowest, maxBcryptCost)
+	return e.integer("BCRYPT_COST", cmp.Or(e.getenv("BCRYPT_COST"), "12"), lowest, maxBcryptCost)
 }
 
 func (e *environment) metricsAddr() string {

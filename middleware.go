@@ -217,7 +217,7 @@ func chain(all ...middleware) middleware {
 type requestInfo struct {
 	id        string
 	ip        netip.Addr
-	userID    string // whose the shown token is, or who has just logged in
+	userID    string // the user of the shown token, or whose login was tried
 	sessionID string
 	bearer    bool  // a Bearer token was shown
 	err       error // what was answered, if it was an error
@@ -375,7 +375,8 @@ func cors(origins []string) middleware {
 			h := w.Header()
 			h.Set("Vary", "Origin")
 			origin := r.Header.Get("Origin")
-			if slices.Contains(origins, origin) {
+			listed := slices.Contains(origins, origin)
+			if listed {
 				h.Set("Access-Control-Allow-Origin", origin)
 				h.Set("Access-Control-Allow-Credentials", "true")
 				h.Set("Access-Control-Expose-Headers",
@@ -385,7 +386,7 @@ func cors(origins []string) middleware {
 				next.ServeHTTP(w, r)
 				return
 			}
-			if slices.Contains(origins, origin) {
+			if listed {
 				h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE")
 				h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
 				h.Set("Access-Control-Max-Age", "600")
@@ -407,7 +408,8 @@ func isPreflight(r *http.Request) bool {
 func rateLimit(l *requestLimiter, m *metrics) middleware {
 	return func(next http.Handler) http.Handler {
 		return handle(func(w http.ResponseWriter, r *http.Request) error {
-			if l.max == 0 || r.URL.Path == "/healthz" || r.URL.Path == "/readyz" {
+			path := r.URL.EscapedPath()
+			if l.max == 0 || path == "/healthz" || path == "/readyz" {
 				next.ServeHTTP(w, r)
 				return nil
 			}

@@ -1,7 +1,7 @@
 package main
 
-// ratelimit.go holds the limits, which are counters in Redis. Every decision is one run of
-// ratelimit.lua, so a limit is exact for any number of simultaneous requests and replicas.
+// ratelimit.go holds the limits, which are counters in Redis. Each is checked and counted up in one
+// run of ratelimit.lua, so it is exact for any number of simultaneous requests and replicas.
 
 import (
 	"context"
@@ -104,7 +104,9 @@ func (l *loginLimiter) take(
 	if l.max == 0 {
 		return 0, nil
 	}
-	left, wait, err := l.window.take(ctx, counter{addressKey(ip), accountFactor * l.max})
+	left, wait, err := l.window.take(ctx,
+		counter{pairKey(email, ip), l.max},
+		counter{accountKey(email), accountFactor * l.max})
 	if err != nil {
 		return 0, err
 	}
@@ -112,13 +114,15 @@ func (l *loginLimiter) take(
 		return wait, nil
 	}
 
-	left, wait, err = l.window.take(ctx,
-		counter{pairKey(email, ip), l.max},
-		counter{accountKey(email), accountFactor * l.max})
+	// The counter of the address lies in another slot. It comes second, so that attempts on a pair
+	// that is exhausted never touch it: others behind the address would be refused meanwhile.
+	left, wait, err = l.window.take(ctx, counter{addressKey(ip), accountFactor * l.max})
 	if err == nil && left >= 0 {
 		return 0, nil
 	}
-	return wait, errors.Join(err, l.window.giveBack(ctx, counter{addressKey(ip), 1}))
+	return wait, errors.Join(err, l.window.giveBack(ctx,
+		counter{pairKey(email, ip), 1},
+		counter{accountKey(email), 1}))
 }
 
 // giveBack takes back an attempt that was not judged.

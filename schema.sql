@@ -1,5 +1,6 @@
--- The schema as migrations, in order. Each begins at its marker line and is applied once; what has been
--- applied is never edited (its checksum is on record), only followed by another.
+-- schema.sql is the schema as migrations, in order. Each begins at its marker line and is applied
+-- once. A migration that has been applied is never edited, since its checksum is on record. It is
+-- followed by another one.
 
 -- migration: 0001 users
 -- As Drizzle makes it for the backend that this server replaces; a table that is there is adopted.

@@ -164,11 +164,12 @@ function command.revoke(sid)
   return remove(sid)
 end
 
--- revoke_all ends every session.
-function command.revoke_all()
+-- revoke_all ends every session, and that of the caller also if the index has lost it.
+function command.revoke_all(caller)
   for _, sid in ipairs(redis.call('ZRANGE', index, 0, -1)) do
     remove(sid)
   end
+  remove(caller)
 end
 
 -- change_password ends every session but keep, and binds keep to the new password hash.

@@ -35,7 +35,12 @@ const (
 )
 
 var (
-	errUnavailable = errors.New("store unavailable") // wraps whatever a store did not answer
+	// errUnavailable wraps every error of a store that did not answer, or cannot serve just now.
+	errUnavailable = errors.New("store unavailable")
+
+	// errFault wraps every error that a store reports otherwise.
+	errFault = errors.New("store fault")
+
 	errNoUser      = errors.New("no such user")
 	errEmailExists = errors.New("email exists")
 	errNoSession   = errors.New("no such session")
@@ -45,8 +50,8 @@ var (
 	// errTheft is errReused of a token that was exchanged longer ago than the leeway.
 	errTheft = fmt.Errorf("%w, and longer ago than the leeway", errReused)
 
-	// errStale says that the password hash was replaced after it was read. The caller starts over;
-	// if that fails again and again, the store was of no use.
+	// errStale says that the password hash was replaced after it was read. The caller starts over,
+	// and after several such tries in a row the answer is that of an unavailable store.
 	errStale = fmt.Errorf("%w: the password hash was replaced meanwhile", errUnavailable)
 )
 
@@ -184,9 +189,10 @@ func (s *store) createUser(
 // An adopted table may have any name for its own, so every one counts but the primary key.
 func isEmailTaken(err error) bool {
 	var pg *pgconn.PgError
-	const uniqueViolation = "23505"
-	return errors.As(err, &pg) && pg.Code == uniqueViolation &&
-		pg.TableName == "users" && pg.ConstraintName != "users_pkey"
+	return errors.As(err, &pg) &&
+		pg.Code == "23505" && // unique_violation
+		pg.TableName == "users" &&
+		pg.ConstraintName != "users_pkey"
 }
 
 // openSession opens a session for a user whose password was just found to match u.PasswordHash. It
@@ -260,9 +266,9 @@ func replaceHash(ctx context.Context, tx pgx.Tx, u user, hash string) error {
 	return expectRow(tag, err)
 }
 
-// deleteUser deletes u and ends every session. It returns errStale if u.PasswordHash is no longer
-// the user's hash.
-func (s *store) deleteUser(ctx context.Context, u user) error {
+// deleteUser deletes u and ends every session, that of the caller among them. It returns errStale
+// if u.PasswordHash is no longer the user's hash.
+func (s *store) deleteUser(ctx context.Context, u user, caller string) error {
 	return s.inTx(ctx, "delete user", func(ctx context.Context, tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			DELETE FROM users
@@ -270,7 +276,7 @@ func (s *store) deleteUser(ctx context.Context, u user) error {
 		if err := expectRow(tag, err); err != nil {
 			return err
 		}
-		return s.revokeAll(ctx, u.ID)
+		return s.revokeAll(ctx, u.ID, caller)
 	})
 }
 
@@ -285,7 +291,9 @@ func expectRow(tag pgconn.CommandTag, err error) error {
 	return nil
 }
 
-// inTx runs fn in a transaction, and commits if fn returns no error.
+// inTx runs fn in a transaction, and commits if fn returns no error. The isolation level is READ
+// COMMITTED whatever the database's default is: a statement that has waited for a row lock must see
+// the new row.
 func (s *store) inTx(
 	ctx context.Context,
 	operation string,
@@ -293,18 +301,20 @@ func (s *store) inTx(
 ) error {
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
-	err := pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
+	options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
+	err := pgx.BeginTxFunc(ctx, s.db, options, func(tx pgx.Tx) error {
 		return fn(ctx, tx)
 	})
 	return postgresError(operation, err)
 }
 
 // postgresError names the operation that failed. A PostgreSQL that did not answer, or that cannot
-// serve just now, is errUnavailable; an error that it reports otherwise is a fault. The errors of
-// this file pass as they are.
+// serve just now, is errUnavailable; an error that it reports otherwise is errFault. The errors of
+// this file, those of redisError among them, pass as they are.
 func postgresError(operation string, err error) error {
-	for _, own := range []error{errUnavailable, errEmailExists, errNoUser, errEnded, errReused} {
-		if errors.Is(err, own) {
+	own := []error{errUnavailable, errFault, errEmailExists, errNoUser, errEnded, errReused}
+	for _, ours := range own {
+		if errors.Is(err, ours) {
 			return err
 		}
 	}
@@ -314,7 +324,7 @@ func postgresError(operation string, err error) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &reported) && !cannotServe(reported), errors.As(err, &unreadable):
-		return fmt.Errorf("postgres: %s: %v", operation, err)
+		return fmt.Errorf("%w: postgres: %s: %v", errFault, operation, err)
 	default:
 		return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
 	}
@@ -327,8 +337,7 @@ func cannotServe(reported *pgconn.PgError) bool {
 	case "08", "53", "57": // connection lost; resources exhausted; shutting down or starting
 		return true
 	}
-	const readOnlyTransaction = "25006" // a primary that has become a standby
-	return reported.Code == readOnlyTransaction
+	return reported.Code == "25006" // read-only: a primary that has become a standby
 }
 
 // Sessions
@@ -537,9 +546,9 @@ func (s *store) revoke(ctx context.Context, userID, sessionID string) error {
 	return nil
 }
 
-// revokeAll ends every session of the user.
-func (s *store) revokeAll(ctx context.Context, userID string) error {
-	err := s.run(ctx, releaseScript, userID, "revoke_all").Err()
+// revokeAll ends every session of the user, the one of the caller among them.
+func (s *store) revokeAll(ctx context.Context, userID, caller string) error {
+	err := s.run(ctx, releaseScript, userID, "revoke_all", caller).Err()
 	return redisError("revoke all sessions", err)
 }
 
@@ -549,14 +558,14 @@ var outOfService = regexp.MustCompile(`^(LOADING|BUSY|OOM|MISCONF|READONLY|MASTE
 	`CLUSTERDOWN|TRYAGAIN|MOVED|ASK|ERR max number of clients)|attempted to access a non local key`)
 
 // redisError names the operation that failed. A Redis that did not answer, or that is out of
-// service, is errUnavailable; an error that it reports otherwise is a fault.
+// service, is errUnavailable; an error that it reports otherwise is errFault.
 func redisError(operation string, err error) error {
 	var reported redis.Error
 	switch {
 	case err == nil:
 		return nil
 	case errors.As(err, &reported) && !outOfService.MatchString(reported.Error()):
-		return fmt.Errorf("redis: %s: %v", operation, err)
+		return fmt.Errorf("%w: redis: %s: %v", errFault, operation, err)
 	default:
 		return fmt.Errorf("%w: redis: %s: %v", errUnavailable, operation, err)
 	}
@@ -611,8 +620,8 @@ func migrationStatus(
 }
 
 // inMigration compares a schema with what is on record, calls fn in the same transaction, and
-// returns the steps. What fn does not commit is undone. One replica at a time gets here, the others
-// wait.
+// returns the steps. Closing the connection rolls back what fn has not committed. One replica at a
+// time gets here, the others wait.
 func inMigration(
 	ctx context.Context,
 	database *pgx.ConnConfig,
@@ -634,8 +643,8 @@ func inMigration(
 	if err != nil {
 		return nil, err
 	}
-	const lock = 7236857230171 // any number that nobody else uses
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock($1)`, lock); err != nil {
+	// The number is any that nobody else uses.
+	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171)`); err != nil {
 		return nil, err
 	}
 	steps, err := compareMigrations(ctx, tx, schema)
@@ -704,7 +713,7 @@ func recordedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, e
 			END IF;
 		END $$`)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("create schema_migrations: %v", err)
 	}
 	rows, err := tx.Query(ctx, `
 		SELECT version, name, checksum, applied_at

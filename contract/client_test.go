@@ -145,15 +145,15 @@ func count(answers []*answer, status int) (n int) {
 	return n
 }
 
-var addresses = func() *atomic.Uint32 {
-	n := new(atomic.Uint32)
-	n.Store(mathrand.Uint32()) // so that a second run does not meet the counters of the first
-	return n
-}()
+// The addresses begin anywhere, so that a second run does not meet the counters of the first.
+var (
+	addresses    atomic.Uint32
+	firstAddress = mathrand.Uint32()
+)
 
 // newIP is an address that no other client of this run has, of a range set aside for benchmarks.
 func newIP() string {
-	n := addresses.Add(1)
+	n := firstAddress + addresses.Add(1)
 	last := strconv.Itoa(int(n>>8&255)) + "." + strconv.Itoa(int(n&255))
 	return "198." + strconv.Itoa(18+int(n>>16&1)) + "." + last
 }

@@ -32,9 +32,8 @@ func (s *server) faulty(e env, names ...string) (output string) {
 		s.expect(n == 1, "%d lines are about %s:\n%s", n, name, output)
 		lines += n
 	}
-	if n := strings.Count(strings.TrimSpace(output), "\n") + 1; n != lines {
-		s.Errorf("%d lines for %q:\n%s", n, names, output)
-	}
+	n := strings.Count(strings.TrimSpace(output), "\n") + 1
+	s.expect(n == lines, "%d lines for %q:\n%s", n, names, output)
 	return output
 }
 
@@ -72,9 +71,9 @@ var configurationPromises = []promise{
 			c := one.signup()
 			c.lives()
 			c.on(two).me(c.access).refused("invalid_token") // another start has other secrets
-			if log := one.log.String(); !strings.Contains(log, "JWT_SECRET") {
-				s.Errorf("the log does not say that the secrets are random:\n%s", log)
-			}
+			log := one.log()
+			s.expect(strings.Contains(log, "JWT_SECRET"),
+				"the log does not say that the secrets are random:\n%s", log)
 			one.send(post("/auth/refresh").from("http://localhost:5173")).refused("missing_token")
 		}},
 	{"DATABASE_URL may name several hosts (target_session_attrs)", own, func(s *server) {
@@ -96,9 +95,8 @@ var configurationPromises = []promise{
 			defer s.startLogin(s.signup()).Close()
 			began := time.Now()
 			s.stop()
-			if took := time.Since(began); took > 5*time.Second {
-				s.Errorf("the process ended after %v", took)
-			}
+			took := time.Since(began)
+			s.expect(took <= 5*time.Second, "the process ended after %v", took)
 		}},
 }
 
@@ -155,12 +153,11 @@ func shutsDown(s *server) {
 	for _, conn := range logins {
 		io.WriteString(conn, c.loginText("")[9:])
 		buffer := make([]byte, 12)
-		if _, err := io.ReadFull(conn, buffer); err != nil || string(buffer) != "HTTP/1.1 200" {
-			s.Errorf("a login in flight got %q (%v)", buffer, err)
-		}
+		_, err := io.ReadFull(conn, buffer)
+		s.expect(err == nil && string(buffer) == "HTTP/1.1 200",
+			"a login in flight got %q (%v)", buffer, err)
 		conn.Close()
 	}
-	if err := <-ended; err != nil {
-		s.Errorf("the process ended with %v", err)
-	}
+	err := <-ended
+	s.expect(err == nil, "the process ended with %v", err)
 }

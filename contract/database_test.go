@@ -41,16 +41,16 @@ var databasePromises = []promise{
 			columns := s.query(`SELECT string_agg(
 				concat_ws(' ', column_name, data_type, is_nullable), ', ' ORDER BY ordinal_position)
 				FROM information_schema.columns WHERE table_name = 'users'`)
-			s.expect(columns == "id uuid NO, email text NO, password_hash text NO, "+"created_at timestamp with time zone NO, updated_at timestamp with time zone NO",
+			s.expect(columns == "id uuid NO, email text NO, password_hash text NO, "+
+				"created_at timestamp with time zone NO, updated_at timestamp with time zone NO",
 				"the columns are %s", columns)
 			names := s.query(`SELECT string_agg(table_name, ' ' ORDER BY table_name)
 				FROM information_schema.tables WHERE table_schema = 'public'`)
 			s.expect(names == "schema_migrations users", "the tables are %s", names)
 			const insert = "INSERT INTO users (email, password_hash) VALUES ('a@example.com', 'x')"
 			s.exec(insert)
-			if _, err := s.stores.sql.Exec(s.Context(), insert); err == nil {
-				s.Error("email is not unique")
-			}
+			_, err := s.stores.sql.Exec(s.Context(), insert)
+			s.expect(err != nil, "email is not unique")
 		}},
 	{"an adopted table's users log in, in any case; its timestamps are read as UTC", own, adopts},
 	{"adopted rows that differ only by case stop the start; a query lists them", own,
@@ -59,21 +59,19 @@ var databasePromises = []promise{
 		s = s.inDatabase()
 		s.exec("CREATE TABLE users (id serial PRIMARY KEY, name text, email text)")
 		before := s.tables()
-		if status, output := s.exits(s.stores.environment(nil)); status != 1 || output == "" {
-			s.Errorf("exit status %d, want 1 and a word why: %q", status, output)
-		}
-		if after := s.tables(); after != before {
-			s.Errorf("the tables were\n%s\nand are\n%s", before, after)
-		}
+		status, output := s.exits(s.stores.environment(nil))
+		s.expect(status == 1 && output != "",
+			"exit status %d, want 1 and a word why: %q", status, output)
+		after := s.tables()
+		s.expect(after == before, "the tables were\n%s\nand are\n%s", before, after)
 	}},
 	{"a database in another encoding than UTF-8 is refused at the start", own, func(s *server) {
 		s = s.inDatabase("ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
 		status, output := s.exits(s.stores.environment(nil))
 		s.expect(status == 1 && strings.Contains(output, "LATIN1"),
 			"exit status %d, want 1 and a word why:\n%s", status, output)
-		if tables := s.tables(); tables != "" {
-			s.Errorf("the server made %s", tables)
-		}
+		tables := s.tables()
+		s.expect(tables == "", "the server made %s", tables)
 	}},
 	{"any number of replicas may start at once", own, func(s *server) {
 		st := newStores(s.T)
@@ -164,9 +162,8 @@ func stopsAtDuplicates(s *server) {
 	status, output := s.exits(s.stores.environment(nil))
 	s.expect(status == 1 && !strings.Contains(strings.ToLower(output), "two@example.com"),
 		"exit status %d, want 1 and no address:\n%s", status, output)
-	if after := s.tables(); after != before {
-		s.Errorf("the tables were\n%s\nand are\n%s", before, after)
-	}
+	after := s.tables()
+	s.expect(after == before, "the tables were\n%s\nand are\n%s", before, after)
 	_, query, _ := strings.Cut(output, "SELECT")
 	query, _, _ = strings.Cut(query, ";")
 	rows, err := s.stores.sql.Query(s.Context(), "SELECT"+query)

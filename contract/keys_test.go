@@ -53,17 +53,16 @@ var keyPromises = []promise{
 			c := s.signup()
 			for _, x := range []*client{c, c.login()} {
 				score, err := s.stores.redis.ZScore(s.Context(), c.indexKey(), x.sid()).Result()
-				if exp := s.claims(x.refresh).number("exp"); int64(score) != exp {
-					s.Errorf("the session until %d has the score %f (%v)", exp, score, err)
-				}
+				exp := s.claims(x.refresh).number("exp")
+				s.expect(int64(score) == exp,
+					"the session until %d has the score %f (%v)", exp, score, err)
 			}
 			s.stores.redis.Expire(s.Context(), c.indexKey(), time.Minute)
 			c.rotate() // which prolongs what has grown old
 			s.lasts(c.indexKey(), s.duration("REFRESH_TOKEN_TTL"))
 			c.revokeAll().ok()
-			if keys := s.keys(c.indexKey()); len(keys) > 0 {
-				s.Errorf("after all were revoked there is %q", keys)
-			}
+			keys := s.keys(c.indexKey())
+			s.expect(len(keys) == 0, "after all were revoked there is %q", keys)
 		}},
 	{"blacklist:{<userId>}:<jti> is an exchanged token, for REFRESH_REUSE_LEEWAY", stored,
 		func(s *server) {
@@ -71,9 +70,9 @@ var keyPromises = []promise{
 			exchanged := c.blacklistKey(c.refresh)
 			c.rotate()
 			ttl := s.ttl(exchanged)
-			if leeway := s.duration("REFRESH_REUSE_LEEWAY"); ttl > leeway || ttl < leeway/2 {
-				s.Errorf("%s lives for %v, want %v", exchanged, ttl, leeway)
-			}
+			leeway := s.duration("REFRESH_REUSE_LEEWAY")
+			s.expect(ttl <= leeway && ttl >= leeway/2,
+				"%s lives for %v, want %v", exchanged, ttl, leeway)
 			keys := s.keys("blacklist:{" + c.id + "}*")
 			if !slices.Equal(keys, []string{exchanged}) {
 				s.Errorf("the keys are %q, want that of the exchanged token", keys)
@@ -107,12 +106,12 @@ var keyPromises = []promise{
 			}
 			return bytes
 		}
-		afterLeeway()
+		s.afterLeeway()
 		before := size()
 		for range 100 {
 			c.rotate()
 		}
-		afterLeeway()
+		s.afterLeeway()
 		if after := size(); after > before+16 { // a number more or less of a digit
 			s.Errorf("the user's keys took %d bytes after one refresh, %d after 101", before, after)
 		}
@@ -137,12 +136,10 @@ var keyPromises = []promise{
 			ofIP := "login-limit:{" + c.ip + "}"
 			for _, key := range []string{account, account + ":" + c.ip, ofIP} {
 				s.lasts(key, s.duration("LOGIN_LIMIT_WINDOW"))
-				if n, err := s.stores.redis.Get(s.Context(), key).Int(); n != 1 {
-					s.Errorf("%s counts %d (%v), want 1", key, n, err)
-				}
-				if local, _, _ := strings.Cut(c.email, "@"); strings.Contains(key, local) {
-					s.Errorf("%s has the email in it", key)
-				}
+				n, err := s.stores.redis.Get(s.Context(), key).Int()
+				s.expect(n == 1, "%s counts %d (%v), want 1", key, n, err)
+				local, _, _ := strings.Cut(c.email, "@")
+				s.expect(!strings.Contains(key, local), "%s has the email in it", key)
 			}
 		}},
 	{"a counter that has lost its TTL gets it back", stored, func(s *server) {
@@ -191,9 +188,8 @@ func holdsNothingSecret(s *server) {
 		s.lasts(c.sessionKey(), s.duration("REFRESH_TOKEN_TTL"))
 	}
 	c.logout().ok()
-	if keys := s.keys(c.sessionKey()); len(keys) > 0 {
-		s.Error("the session is there after the logout")
-	}
+	keys := s.keys(c.sessionKey())
+	s.expect(len(keys) == 0, "the session is there after the logout")
 }
 
 func atMost100(s *server) {
@@ -208,16 +204,14 @@ func atMost100(s *server) {
 	hundredth := c.login()
 	shortest.gone()
 	c.me(c.access).ok()
-	if n := len(hundredth.sessions()); n != 100 {
-		s.Errorf("%d sessions, want 100", n)
-	}
+	n := len(hundredth.sessions())
+	s.expect(n == 100, "%d sessions, want 100", n)
 	late := c.on(brief).login() // itself the one that would expire first
 	late.me(late.access).ok()
 	c.gone()
 	second.me(second.access).ok()
-	if n := len(s.keys("session:{" + c.id + "}:*")); n != 100 {
-		s.Errorf("%d sessions are kept, want 100", n)
-	}
+	n = len(s.keys("session:{" + c.id + "}:*"))
+	s.expect(n == 100, "%d sessions are kept, want 100", n)
 	late.lives()
 }
 
@@ -265,14 +259,12 @@ func noOtherKeys(s *server) {
 			if form.MatchString(key) {
 				known = true
 				met[form.String()]++
-				if got := s.stores.redis.Type(s.Context(), key).Val(); kind != "" && got != kind {
-					s.Errorf("%s is a %s, want a %s", key, got, kind)
-				}
+				got := s.stores.redis.Type(s.Context(), key).Val()
+				s.expect(kind == "" || got == kind, "%s is a %s, want a %s", key, got, kind)
 			}
 		}
-		if ttl, err := s.stores.redis.PTTL(s.Context(), key).Result(); !known || ttl == -1 {
-			s.Errorf("there is %s, with the TTL %v (%v)", key, ttl, err)
-		}
+		ttl, err := s.stores.redis.PTTL(s.Context(), key).Result()
+		s.expect(known && ttl != -1, "there is %s, with the TTL %v (%v)", key, ttl, err)
 	}
 	for form := range keyForms {
 		s.expect(met[form.String()] != 0, "no key is like %s", form)

@@ -15,7 +15,7 @@ func (s *server) logLine(a *answer) map[string]any {
 	var found []map[string]any
 	s.eventually(5*time.Second, "a log line of "+a.String(), func() bool {
 		found = nil
-		for text := range strings.Lines(s.log.String()) {
+		for text := range strings.Lines(s.log()) {
 			line := map[string]any{}
 			err := json.Unmarshal([]byte(text), &line)
 			if err != nil && strings.HasSuffix(text, "\n") {
@@ -64,24 +64,22 @@ var logPromises = []promise{
 		s.trySignup(c.email, c.password).refused("email_exists")
 		c.show(c.refresh + "x").refused("invalid_token")
 		c.sweep(func(r request) request { return evil(r) })
-		if lines := strings.Count(s.log.String(), "\n"); lines < 10 {
-			s.Errorf("the log has only %d lines", lines)
-		}
+		lines := strings.Count(s.log(), "\n")
+		s.expect(lines >= 10, "the log has only %d lines", lines)
 	}},
 	{"theft of a refresh token is a line at level WARN, with user and session", own,
 		func(s *server) {
-			s = s.start(production.with(shortLeeway))
+			s = s.start(production.with(someLeeway))
 			c := s.signup()
 			old := c.refresh
 			c.rotate()
 			raced := c.show(old)
-			afterLeeway()
+			s.afterLeeway()
 			theft := c.show(old).refused("refresh_reused").clearsCookie()
-			if line := s.logLine(raced); line["level"] != "INFO" {
-				s.Errorf("a lost race is logged as %v", line)
-			}
+			line := s.logLine(raced)
+			s.expect(line["level"] == "INFO", "a lost race is logged as %v", line)
 			id := s.logLine(theft)["requestId"].(string)
-			warning := regexp.MustCompile(`(?m)^.*"level":"WARN".*$`).FindString(s.log.String())
+			warning := regexp.MustCompile(`(?m)^.*"level":"WARN".*$`).FindString(s.log())
 			for _, part := range []string{id, c.id, c.sid()} {
 				s.expect(strings.Contains(warning, part),
 					"the warning of the theft has no %s: %s", part, warning)
@@ -99,9 +97,8 @@ var logPromises = []promise{
 				"%s is logged with %d bytes of method, %d of path: %.300v", code, len(method),
 				len(path), line)
 		}
-		if n := len(s.log.String()); n > 4096 {
-			s.Errorf("the log has %d bytes after two requests", n)
-		}
+		n := len(s.log())
+		s.expect(n <= 4096, "the log has %d bytes after two requests", n)
 	}},
 	{"a 429 is logged under its route, although it never got there", own, func(s *server) {
 		s = s.start(production.with(env{"RATE_LIMIT_MAX": "1"}))
@@ -114,11 +111,11 @@ var logPromises = []promise{
 		s = s.start(production)
 		forged := get("/nowhere/%0a%7B%22level%22:%22FORGED%22%7D").agent(`{"level":"FORGED"}`)
 		s.logLine(s.send(forged).refused("not_found"))
-		for line := range strings.Lines(s.log.String()) {
+		for line := range strings.Lines(s.log()) {
 			entry := struct{ Level string }{}
-			if err := json.Unmarshal([]byte(line), &entry); err != nil || entry.Level == "FORGED" {
-				s.Errorf("a line of the log is %s (%v)", line, err)
-			}
+			err := json.Unmarshal([]byte(line), &entry)
+			s.expect(err == nil && entry.Level != "FORGED",
+				"a line of the log is %s (%v)", line, err)
 		}
 	}},
 }
@@ -160,9 +157,8 @@ func logsRequests(s *server) {
 			"%s, %d %v is logged as %v", a, x.status, x.code, line)
 		s.expect(x.r.path == "/auth/login" || !x.user || sid == c.sid(),
 			"%s: sessionId is %q, want %q", a, sid, c.sid())
-		if ms, ok := line["durationMs"].(float64); !ok || ms <= 0 || ms > 60_000 {
-			s.Errorf("%s: durationMs is %v", a, line["durationMs"])
-		}
+		ms, ok := line["durationMs"].(float64)
+		s.expect(ok && ms > 0 && ms <= 60_000, "%s: durationMs is %v", a, line["durationMs"])
 		s.isNow(fmt.Sprint(line["time"]))
 	}
 }

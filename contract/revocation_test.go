@@ -69,9 +69,9 @@ var revocationPromises = []promise{
 			other := c.login()
 			for _, server := range []*server{s.start(env{"BCRYPT_COST": "5"}), s} {
 				third := c.on(server).login()
-				if hash := c.passwordHash(); hash[5:6] != server.env["BCRYPT_COST"] {
-					s.Errorf("after a login at the cost %s: %s", server.env["BCRYPT_COST"], hash)
-				}
+				hash := c.passwordHash()
+				s.expect(hash[5:6] == server.env["BCRYPT_COST"],
+					"after a login at the cost %s: %s", server.env["BCRYPT_COST"], hash)
 				for _, living := range []*client{c, other, third} {
 					living.lives()
 				}
@@ -142,9 +142,8 @@ var revocationPromises = []promise{
 			email := newEmail()
 			s.exec("UPDATE users SET email = $1 WHERE id = $2", email, c.id)
 			c.rotate()
-			if got := s.claims(c.access).text("email"); got != email {
-				s.Errorf("email %s, want %s", got, email)
-			}
+			got := s.claims(c.access).text("email")
+			s.expect(got == email, "email %s, want %s", got, email)
 		}},
 	{"a session that has run out is over, and not listed", own, func(s *server) {
 		c := s.start(env{"REFRESH_TOKEN_TTL": "1s"}).signup()
@@ -159,9 +158,8 @@ var revocationPromises = []promise{
 		c := s.start(env{"SESSION_MAX_TTL": "1h", "REFRESH_TOKEN_TTL": "2h"}).signup()
 		for range 2 {
 			got := s.claims(c.refresh)
-			if life := got.number("exp") - got.number("iat"); life > 3600 || life < 3590 {
-				s.Errorf("the refresh token lives %d s, want 3600", life)
-			}
+			life := got.number("exp") - got.number("iat")
+			s.expect(life <= 3600 && life >= 3590, "the refresh token lives %d s, want 3600", life)
 			c.rotate()
 		}
 	}},
@@ -358,9 +356,8 @@ func livesAtMost(s *server) {
 		}
 		return false
 	})
-	if now := time.Now().Unix(); now < end-1 || now > end+3 {
-		s.Errorf("the session ended %d s after its end", now-end)
-	}
+	now := time.Now().Unix()
+	s.expect(now >= end-1 && now <= end+3, "the session ended %d s after its end", now-end)
 	s.eventually(5*time.Second, "its access token is dead", func() bool {
 		return c.elsewhere().me(c.access).code() == "session_revoked"
 	})

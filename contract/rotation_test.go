@@ -71,19 +71,18 @@ var rotationPromises = []promise{
 			other := c.login()
 			old := c.refresh
 			c.rotate()
-			afterLeeway()
+			s.afterLeeway()
 			c.show(old).isTheft(c)
 			other.lives() // the user's other session has nothing to do with it
-			if n := len(other.sessions()); n != 1 {
-				s.Errorf("%d sessions are listed, want 1", n)
-			}
+			n := len(other.sessions())
+			s.expect(n == 1, "%d sessions are listed, want 1", n)
 		}},
 	{"the leeway counts from the token's own exchange", own, func(s *server) {
 		s = s.start(shortLeeway)
 		c := s.signup()
 		old := c.refresh
 		c.rotate()
-		afterLeeway()
+		s.afterLeeway()
 		c.rotate() // which does not forgive what is older
 		c.show(old).isTheft(c)
 	}},
@@ -129,9 +128,7 @@ var rotationPromises = []promise{
 			s.expect(again.Header.Get("Set-Cookie") == first.Header.Get("Set-Cookie"),
 				"the successor of one token:\n%s\n%s", first.Header.Get("Set-Cookie"),
 				again.Header.Get("Set-Cookie"))
-			if again.str("accessToken") == c.access {
-				s.Error("the access token is no fresh one")
-			}
+			s.expect(again.str("accessToken") != c.access, "the access token is no fresh one")
 			c.me(again.str("accessToken")).ok()
 			c.lives()
 		}},
@@ -141,7 +138,7 @@ var rotationPromises = []promise{
 		c := s.signup()
 		old := c.refresh
 		c.rotate()
-		afterLeeway()
+		s.afterLeeway()
 		c.show(old).isTheft(c)
 	}},
 	{"resend: a token whose session was revoked meanwhile gets nothing", own, func(s *server) {
@@ -152,9 +149,8 @@ var rotationPromises = []promise{
 			old := c.refresh
 			c.rotate()
 			revoke(c, other).ok()
-			if a := c.show(old); a.status() != 401 {
-				s.Errorf("%s: %d %s", name, a.status(), a.body)
-			}
+			a := c.show(old)
+			s.expect(a.status() == 401, "%s: %d %s", name, a.status(), a.body)
 			c.gone()
 		}
 	}},
@@ -168,9 +164,7 @@ func neverForks(s *server) {
 	older := c.refresh
 	c.rotate()
 	c.show(oldest).raced()
-	if c.show(older).ok().refreshCookie().Value != c.refresh {
-		s.Error("the chain has forked")
-	}
+	s.expect(c.show(older).ok().refreshCookie().Value == c.refresh, "the chain has forked")
 	for range rounds {
 		lines := map[string]bool{}
 		answers := together(8, func(i int) *answer {

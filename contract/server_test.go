@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -41,12 +40,16 @@ var (
 	production = env{"NODE_ENV": "production", "BCRYPT_COST": ""}
 	// shortLeeway takes a token for stolen soon, so that a test need not wait long for theft.
 	shortLeeway = env{"REFRESH_REUSE_LEEWAY": "200ms"}
+	// someLeeway is for tests that also show a token within it.
+	someLeeway = env{"REFRESH_REUSE_LEEWAY": "1s"}
 	// noRateLimit is for tests that send more from one address than a window allows.
 	noRateLimit = env{"RATE_LIMIT_MAX": "0"}
 )
 
-// afterLeeway waits until shortLeeway is over.
-func afterLeeway() { time.Sleep(300 * time.Millisecond) }
+// afterLeeway waits until the server's leeway is over.
+func (s *server) afterLeeway() {
+	time.Sleep(s.duration("REFRESH_REUSE_LEEWAY") + 50*time.Millisecond)
+}
 
 // defaults are the contract's, as far as the tests have to know a server's configuration.
 var defaults = env{
@@ -70,7 +73,7 @@ type server struct {
 	stores     *stores // nil where they cannot be reached from here
 	lab        *lab    // nil for a peer, beside which no other server can be started
 	http       *http.Client
-	log        *output // standard output
+	logFile    string // of standard output
 	process    *exec.Cmd
 	ended      chan error // gets what became of the process
 	mayFail    bool       // the test does not mind with which status it ends
@@ -167,7 +170,8 @@ type lab struct {
 	stores *stores // those of most servers
 }
 
-func newLab(t *testing.T) *lab {
+// newLab is no server yet, but one for start to be called on.
+func newLab(t *testing.T) *server {
 	l := &lab{binary: os.Getenv("LATCHKEY_BINARY")}
 	if l.binary == "" {
 		l.binary = filepath.Join(t.TempDir(), "latchkey")
@@ -178,7 +182,7 @@ func newLab(t *testing.T) *lab {
 		}
 	}
 	l.stores = newStores(t)
-	return l
+	return &server{T: t, lab: l}
 }
 
 // labSecrets are those of all servers of a run, so that any two of them are replicas.
@@ -218,57 +222,61 @@ func freePort() string {
 }
 
 // command is the executable with exactly this environment.
-func (l *lab) command(e env) *exec.Cmd {
-	cmd := exec.Command(l.binary)
+func (l *lab) command(ctx context.Context, e env) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, l.binary)
 	cmd.Env = []string{} // nil would be ours
 	for name, value := range e {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
-	cmd.WaitDelay = 5 * time.Second
 	return cmd
 }
 
-// start runs a server on the lab's stores until the test ends.
-func (l *lab) start(t *testing.T, more env) *server { return l.startOn(t, l.stores, more) }
+// start runs another server on the lab's stores for this test.
+func (s *server) start(more env) *server { return s.startOn(s.lab.stores, more) }
 
 // startOn runs a server until the test ends. It must then end well, and its log is searched.
-func (l *lab) startOn(t *testing.T, st *stores, more env) *server {
-	s := &server{
-		T:      t,
-		env:    st.environment(more),
-		stores: st,
-		lab:    l,
-		http:   newHTTPClient(),
-		log:    &output{},
-		ended:  make(chan error, 1),
+func (s *server) startOn(st *stores, more env) *server {
+	e := st.environment(more)
+	file, err := os.Create(filepath.Join(s.TempDir(), "log"))
+	if err != nil {
+		s.Fatalf("%v", err)
 	}
-	s.URL = "http://127.0.0.1:" + s.env["PORT"]
-	s.process = l.command(s.env)
-	s.process.Stdout = s.log
-	stderr := &output{}
-	s.process.Stderr = stderr
-	if err := s.process.Start(); err != nil {
-		t.Fatal(err)
+	defer file.Close()
+	started := &server{
+		T:       s.T,
+		URL:     "http://127.0.0.1:" + e["PORT"],
+		env:     e,
+		stores:  st,
+		lab:     s.lab,
+		http:    newHTTPClient(),
+		logFile: file.Name(),
+		process: s.lab.command(context.Background(), e),
+		ended:   make(chan error, 1),
 	}
-	go func() { s.ended <- s.process.Wait() }()
-	t.Cleanup(func() {
-		if err := s.stop(); err != nil && !s.mayFail {
-			t.Errorf("a server ended with %v\n%s", err, stderr)
-		}
-		s.assertFreeOfSecrets(s.log.String() + stderr.String())
-		if t.Failed() {
-			t.Logf("the end of the log of %s:\n%s", s.URL, tail(s.log.String(), 30))
+	var stderr bytes.Buffer
+	started.process.Stdout = file
+	started.process.Stderr = &stderr
+	if err := started.process.Start(); err != nil {
+		s.Fatalf("%v", err)
+	}
+	go func() { started.ended <- started.process.Wait() }()
+	s.Cleanup(func() {
+		err := started.stop()
+		started.expect(err == nil || started.mayFail, "a server ended with %v\n%s", err, &stderr)
+		started.assertFreeOfSecrets(started.log() + stderr.String())
+		if s.Failed() {
+			s.Logf("the end of the log of %s:\n%s", started.URL, tail(started.log(), 30))
 		}
 	})
-	for !s.ready() {
+	for !started.ready() {
 		select {
-		case err := <-s.ended:
-			s.ended <- err
-			t.Fatalf("the server has not started: %v\n%s%s", err, s.log, stderr)
+		case err := <-started.ended:
+			started.ended <- err
+			s.Fatalf("the server has not started: %v\n%s%s", err, started.log(), &stderr)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-	return s
+	return started
 }
 
 func (s *server) ready() bool {
@@ -295,45 +303,26 @@ func (s *server) stop() error {
 	}
 }
 
-// start runs another server on the lab's stores for this test.
-func (s *server) start(more env) *server {
-	return s.lab.start(s.T, more)
-}
-
-// startOn runs another server for this test, on these stores.
-func (s *server) startOn(st *stores, more env) *server {
-	return s.lab.startOn(s.T, st, more)
-}
-
 // exits runs the executable with exactly this environment until it ends by itself.
-func (s *server) exits(e env) (status int, text string) {
+func (s *server) exits(e env) (status int, output string) {
 	ctx, cancel := context.WithTimeout(s.Context(), 30*time.Second)
 	defer cancel()
-	cmd := s.lab.command(e)
-	defer context.AfterFunc(ctx, func() { cmd.Process.Kill() })()
+	cmd := s.lab.command(ctx, e)
+	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()
 	if cmd.ProcessState == nil {
-		s.Fatal(err)
+		s.Fatalf("%v", err)
 	}
 	return cmd.ProcessState.ExitCode(), string(out)
 }
 
-// output is what a process writes, to be read at any time.
-type output struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.String()
+// log is what the server has logged so far.
+func (s *server) log() string {
+	text, err := os.ReadFile(s.logFile)
+	if err != nil {
+		s.Fatalf("%v", err)
+	}
+	return string(text)
 }
 
 func tail(text string, lines int) string {

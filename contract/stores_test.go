@@ -110,9 +110,9 @@ func (s *server) ttl(key string) time.Duration {
 
 // lasts asserts a key's time to live, give or take what a slow machine does to it.
 func (s *server) lasts(key string, want time.Duration) {
-	if got := s.ttl(key); got > want+time.Second || got < want-30*time.Second {
-		s.Errorf("%s lives for %v, want %v", key, got, want)
-	}
+	got := s.ttl(key)
+	s.expect(got <= want+time.Second && got >= want-30*time.Second,
+		"%s lives for %v, want %v", key, got, want)
 }
 
 // evict deletes keys, as Redis does when it is short of memory. All of them must be there.

@@ -26,8 +26,8 @@ import (
 	"github.com/chromedp/chromedp"
 )
 
-// These tests are a user of examples/frontend in a real Chromium: the page comes from one origin and calls the server at
-// another, as in life. A screenshot of each state is left in screenshots/.
+// These tests are a user of examples/frontend in a real Chromium: the page comes from one origin
+// and calls the server at another, as in life. They leave a screenshot of each state in screenshots/.
 
 const (
 	ada      = "ada@example.com"
@@ -77,8 +77,8 @@ func servePage(t *testing.T, l net.Listener, api string) {
 	t.Cleanup(func() { srv.Close() })
 }
 
-// chromium starts a browser with an empty profile; each tab is a child of the context, each device a child with cookies
-// of its own.
+// chromium starts a browser with an empty profile. Each tab is a child of the context, each device
+// a child with cookies of its own.
 func chromium(t *testing.T) context.Context {
 	t.Helper()
 	var program string
@@ -89,10 +89,11 @@ func chromium(t *testing.T) context.Context {
 		}
 	}
 	if program == "" {
-		t.Skip("THE BROWSER TESTS DID NOT RUN: there is no Chromium here (Debian: apt-get install chromium)")
+		t.Skip("THE BROWSER TESTS DID NOT RUN: no Chromium (Debian: apt-get install chromium)")
 	}
-	options := append(slices.Clone(chromedp.DefaultExecAllocatorOptions[:]), chromedp.ExecPath(program), chromedp.DisableGPU,
-		chromedp.UserDataDir(t.TempDir()), chromedp.Flag("disable-quic", true), chromedp.Flag("disable-component-update", true))
+	options := append(slices.Clone(chromedp.DefaultExecAllocatorOptions[:]),
+		chromedp.ExecPath(program), chromedp.DisableGPU, chromedp.UserDataDir(t.TempDir()),
+		chromedp.Flag("disable-quic", true), chromedp.Flag("disable-component-update", true))
 	if os.Getuid() == 0 {
 		options = append(options, chromedp.NoSandbox) // which refuses to work for root
 	}
@@ -145,11 +146,12 @@ func (x *tab) hear(event any) {
 			x.sent[e.RequestID] = e.Request.Method + " " + u.Path
 			x.note(e.RequestID)
 		}
-	case *network.EventResponseReceivedExtraInfo: // unlike ResponseReceived it also tells of answers that CORS withholds
+	case *network.EventResponseReceivedExtraInfo: // which also tells of answers that CORS withholds
 		x.status[e.RequestID] = e.StatusCode
 		x.note(e.RequestID)
 	case *runtime.EventExceptionThrown:
-		x.t.Errorf("an exception in the page: %s %s", e.ExceptionDetails.Text, e.ExceptionDetails.Exception.Description)
+		details := e.ExceptionDetails
+		x.t.Errorf("an exception in the page: %s %s", details.Text, details.Exception.Description)
 	case *log.EventEntryAdded:
 		if strings.Contains(e.Entry.Text, "Content Security Policy") {
 			x.t.Errorf("the page breaks its own policy: %s", e.Entry.Text)
@@ -181,10 +183,17 @@ func (x *tab) count(answer string) (n int) {
 	return n
 }
 
+// hears waits until the API has given this answer so many times.
+func (x *tab) hears(answer string, times int) {
+	x.t.Helper()
+	eventually(x.t, 20*time.Second, answer, func() bool { return x.count(answer) >= times })
+}
+
 func (x *tab) do(steps ...chromedp.Action[chromedp.Void]) {
 	x.t.Helper()
 	ctx := x.ctx
-	if chromedp.FromContext(ctx).Target != nil { // the first step opens the tab, which ends with its context
+	// The first step opens the tab, which ends with its context.
+	if chromedp.FromContext(ctx).Target != nil {
 		limited, cancel := context.WithTimeout(ctx, 30*time.Second)
 		defer cancel()
 		ctx = limited
@@ -216,12 +225,15 @@ func (x *tab) until(condition string) {
 		};
 		const look = () => { if (`+condition+`) { observer.disconnect(); resolve(true); } };
 		const observer = new MutationObserver(look);
-		observer.observe(document, { subtree: true, childList: true, characterData: true, attributes: true });
-		AbortSignal.timeout(20_000).addEventListener("abort", () => resolve(false)); // some test has taken setTimeout away
+		observer.observe(document,
+			{ subtree: true, childList: true, characterData: true, attributes: true });
+		// Some test has taken setTimeout away.
+		AbortSignal.timeout(20_000).addEventListener("abort", () => resolve(false));
 		look();
 	})`) {
 		x.shot("failed")
-		x.t.Fatalf("never: %s\nthe page: %s\nanswers of the API: %q", condition, js[string](x, `document.body.innerText`), x.heard())
+		x.t.Fatalf("never: %s\nthe page: %s\nanswers of the API: %q",
+			condition, js[string](x, `document.body.innerText`), x.heard())
 	}
 }
 
@@ -237,7 +249,8 @@ func (x *tab) open(address string) {
 	x.do(chromedp.Navigate(address))
 }
 
-// fill types into the fields of a form, in turn its selector and its text, and submits it by the Enter key.
+// fill types into the fields of a form, given as selector and text in turn, and submits it by the
+// Enter key.
 func (x *tab) fill(fields ...string) {
 	x.t.Helper()
 	for i := 0; i < len(fields); i += 2 {
@@ -287,7 +300,9 @@ func (x *tab) shot(name string) {
 		name, scheme string
 		width        int64
 	}{{"light", "light", 1000}, {"dark", "dark", 360}} {
-		media := emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: look.scheme}}}
+		media := emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{
+			{Name: "prefers-color-scheme", Value: look.scheme},
+		}}
 		if _, err := chromedp.Call(x.ctx, emulation.SetEmulatedMedia, media); err != nil {
 			x.t.Fatal(err)
 		}
@@ -296,11 +311,13 @@ func (x *tab) shot(name string) {
 		if err != nil {
 			x.t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join("screenshots", name+"-"+look.name+".png"), png, 0o644); err != nil {
+		file := filepath.Join("screenshots", name+"-"+look.name+".png")
+		if err := os.WriteFile(file, png, 0o644); err != nil {
 			x.t.Fatal(err)
 		}
 	}
-	if _, err := chromedp.Call(x.ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{}); err != nil {
+	none := emulation.SetEmulatedMediaParams{}
+	if _, err := chromedp.Call(x.ctx, emulation.SetEmulatedMedia, none); err != nil {
 		x.t.Fatal(err)
 	}
 	x.do(chromedp.ResetViewport())
@@ -309,7 +326,8 @@ func (x *tab) shot(name string) {
 // cookie is the refresh cookie as the browser keeps it, or nil.
 func (x *tab) cookie(api string) *network.Cookie {
 	x.t.Helper()
-	kept, err := chromedp.Call(x.ctx, network.GetCookies, network.GetCookiesParams{URLs: []string{api + "/auth/refresh"}})
+	of := network.GetCookiesParams{URLs: []string{api + "/auth/refresh"}}
+	kept, err := chromedp.Call(x.ctx, network.GetCookies, of)
 	if err != nil {
 		x.t.Fatal(err)
 	}
@@ -340,8 +358,9 @@ func TestBrowserSession(t *testing.T) {
 	x.until(`visible('#signup-email-error', '') && visible('#signup-password-error', '')`)
 	for _, field := range []string{"#signup-email", "#signup-password"} {
 		if !js[bool](x, fmt.Sprintf(`(() => { const input = document.querySelector(%q);
-			const described = input.getAttribute('aria-describedby').split(' ').map((id) => document.getElementById(id).textContent);
-			return input.getAttribute('aria-invalid') === 'true' && described.at(-1) !== '' })()`, field)) {
+			const id = input.getAttribute('aria-describedby').split(' ').at(-1);
+			return input.getAttribute('aria-invalid') === 'true' &&
+				document.getElementById(id).textContent !== '' })()`, field)) {
 			t.Errorf("%s is not marked as wrong, with its error as its description", field)
 		}
 	}
@@ -355,7 +374,8 @@ func TestBrowserSession(t *testing.T) {
 	x.shot("account")
 
 	t.Run("the refresh token is out of reach of scripts", func(t *testing.T) {
-		kept := js[string](x, `(async () => JSON.stringify([document.cookie, { ...localStorage }, { ...sessionStorage },
+		kept := js[string](x, `(async () => JSON.stringify([
+			document.cookie, { ...localStorage }, { ...sessionStorage },
 			await indexedDB.databases(), await cookieStore.getAll(), await caches.keys()]))()`)
 		if kept != `["",{},{},[],[],[]]` {
 			t.Errorf("scripts find %s", kept)
@@ -364,13 +384,15 @@ func TestBrowserSession(t *testing.T) {
 		if c == nil {
 			t.Fatal("there is no refresh cookie")
 		}
-		if !c.HTTPOnly || !c.Secure || c.SameSite != network.CookieSameSiteStrict || c.Path != "/auth" {
+		if !c.HTTPOnly || !c.Secure || c.SameSite != network.CookieSameSiteStrict ||
+			c.Path != "/auth" {
 			t.Errorf("the cookie is kept as %+v", c)
 		}
 	})
 	t.Run("every field has a name", func(t *testing.T) {
-		if bare := js[string](x, `[...document.querySelectorAll('input')].filter((input) =>
-			!input.labels.length && !input.ariaLabel).map((input) => input.outerHTML).join()`); bare != "" {
+		bare := js[string](x, `[...document.querySelectorAll('input')].filter((input) =>
+			!input.labels.length && !input.ariaLabel).map((input) => input.outerHTML).join()`)
+		if bare != "" {
 			t.Errorf("no label: %s", bare)
 		}
 	})
@@ -435,7 +457,7 @@ func TestBrowserTabs(t *testing.T) {
 		both(func(x *tab) {
 			lists := x.count("GET /auth/sessions 200")
 			x.click("#refresh button")
-			eventually(t, 20*time.Second, "a fresh list", func() bool { return x.count("GET /auth/sessions 200") > lists })
+			x.hears("GET /auth/sessions 200", lists+1)
 		})
 	}
 	t.Logf("two tabs with expired tokens, %d times: %d refreshes", rounds, refreshes(200)-good)
@@ -476,7 +498,11 @@ func newGate(t *testing.T, l net.Listener, api string) *gate {
 		t.Fatal(err)
 	}
 	opened := make(chan struct{})
-	g := &gate{origin: originOf(l), held: make(chan struct{}, 10), open: sync.OnceFunc(func() { close(opened) })}
+	g := &gate{
+		origin: originOf(l),
+		held:   make(chan struct{}, 10),
+		open:   sync.OnceFunc(func() { close(opened) }),
+	}
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.ModifyResponse = func(res *http.Response) error {
 		if g.shut.Load() && res.Request.URL.Path == "/auth/refresh" && res.StatusCode == 200 {
@@ -494,28 +520,36 @@ func newGate(t *testing.T, l net.Listener, api string) *gate {
 	return g
 }
 
-// stopTimers keeps setTimeout in the pages that the tab loads from now on; what is due by it waits in window.timer.
+// stopTimers keeps setTimeout in the pages that the tab loads from now on: what is due by it waits
+// in window.timer.
 func (x *tab) stopTimers() {
 	x.t.Helper()
-	script := page.AddScriptToEvaluateOnNewDocumentParams{Source: `window.setTimeout = (work) => { window.timer = work; };`}
+	script := page.AddScriptToEvaluateOnNewDocumentParams{
+		Source: `window.setTimeout = (work) => { window.timer = work; };`,
+	}
 	if _, err := chromedp.Call(x.ctx, page.AddScriptToEvaluateOnNewDocument, script); err != nil {
 		x.t.Fatal(err)
 	}
 }
 
-// waits waits until something in the page is due by a timer, which goes off when the test calls timer().
+// waits waits until something in the page is due by a timer, which the test sets off by timer().
 func (x *tab) waits() {
 	x.t.Helper()
-	eventually(x.t, 20*time.Second, "a page that waits", func() bool { return js[bool](x, `"timer" in window`) })
+	eventually(x.t, 20*time.Second, "a page that waits", func() bool {
+		return js[bool](x, `"timer" in window`)
+	})
 }
 
-// Two pages of different origins share the cookie but neither Web Locks nor a channel. The refresh of one comes while the
-// answer to the other's, with the new cookie, is under way.
+// Two pages of different origins share the cookie but neither Web Locks nor a channel. The refresh
+// of one comes while the answer to the other's, with the new cookie, is under way.
 func TestBrowserLostRace(t *testing.T) {
 	t.Parallel()
 	browser := chromium(t)
 	front, l := []net.Listener{listen(t), listen(t)}, listen(t)
-	_, api := site(t, vars{"FRONTEND_URL": originOf(front[0]) + "," + originOf(front[1]), "REFRESH_REUSE_LEEWAY": "60s"})
+	_, api := site(t, vars{
+		"FRONTEND_URL":         originOf(front[0]) + "," + originOf(front[1]),
+		"REFRESH_REUSE_LEEWAY": "60s",
+	})
 	g := newGate(t, l, api)
 	won, lost := newTab(t, browser), newTab(t, browser)
 	lost.stopTimers()
@@ -539,7 +573,8 @@ func TestBrowserLostRace(t *testing.T) {
 	}
 }
 
-// A page is left while the answer to its refresh, with the new cookie, is under way: by a reload, a link, a closed tab.
+// A page is left while the answer to its refresh, with the new cookie, is under way: by a reload, a
+// link, a closed tab.
 func TestBrowserLeftPage(t *testing.T) {
 	t.Parallel()
 	browser := chromium(t)
@@ -556,12 +591,16 @@ func TestBrowserLeftPage(t *testing.T) {
 	x.do(chromedp.Reload())
 	<-g.held
 	x.see("#view-start", "One moment")
-	js[bool](x, `Promise.all(document.getAnimations().map((each) => each.finished)).then(() => true)`) // it appears after a while
+	// It appears after a while.
+	js[bool](x, `Promise.all(document.getAnimations().map((each) => each.finished))
+		.then(() => true)`)
 	x.shot("start")
 	x.do(chromedp.Reload())
 	x.waits()
 	g.open()
-	eventually(t, 20*time.Second, "the cookie of the page that was left", func() bool { return x.cookie(api).Value != before })
+	eventually(t, 20*time.Second, "the cookie of the page that was left", func() bool {
+		return x.cookie(api).Value != before
+	})
 	js[chromedp.Void](x, `timer()`)
 	x.signedIn(ada)
 }
@@ -583,7 +622,8 @@ func TestBrowserOtherUser(t *testing.T) {
 		other.signedIn(ada)
 		other.click("#logout button")
 		other.see("#status", "You are logged out.")
-		left := js[string](other, `['#who', '#view-account'].map((id) => document.querySelector(id).innerHTML).join()`)
+		left := js[string](other, `['#who', '#view-account']
+			.map((id) => document.querySelector(id).innerHTML).join()`)
 		if strings.Contains(left, ada) || strings.Contains(left, "This browser") {
 			t.Errorf("the page keeps what it knew of the last user: %s", left)
 		}
@@ -611,7 +651,8 @@ func TestBrowserOtherUser(t *testing.T) {
 		for _, x := range tabs {
 			x.see("#status", "You have been logged out.")
 		}
-		if said := js[string](tabs[0], `document.querySelector('#status').textContent`); strings.Contains(said, "deleted") {
+		said := js[string](tabs[0], `document.querySelector('#status').textContent`)
+		if strings.Contains(said, "deleted") {
 			t.Errorf("of an account that is still there the page says: %s", said)
 		}
 		tabs[0].login(origin, ada, password)
@@ -627,8 +668,9 @@ func TestBrowserOtherUser(t *testing.T) {
 		phone.login(origin, ada, password)
 		phone.click("#revoke-all button")
 		phone.see("#status", "You are logged out everywhere.")
-		js[bool](x, `history.back(), true`) // there is no load event to wait for where the page comes back as it was left
-		eventually(t, 20*time.Second, "a refresh that fails", func() bool { return x.count("POST /auth/refresh 401") == 2 })
+		// There is no load event to wait for where the page comes back as it was left.
+		js[bool](x, `history.back(), true`)
+		x.hears("POST /auth/refresh 401", 2)
 		x.see("#view-login h1", "Log in")
 		t.Logf("the page came back as it was left: %v", js[bool](x, `window.kept === true`))
 	})
@@ -647,7 +689,8 @@ func TestBrowserOddAnswers(t *testing.T) {
 		`'{"message": "no upstream"}', { status: 502 }`: "HTTP 502",
 		`'null', { status: 500 }`:                       "HTTP 500",
 	} {
-		js[bool](x, `window.real ??= window.fetch, window.fetch = async () => new Response(`+answer+`), true`)
+		js[bool](x, `window.real ??= window.fetch,
+			window.fetch = async () => new Response(`+answer+`), true`)
 		x.do(chromedp.Focus(chromedp.CSS("#refresh button")), chromedp.KeyEvent("\r"))
 		x.see("#refresh .problem", problem)
 		x.until(`!document.querySelector('#refresh button').disabled`)
@@ -660,7 +703,7 @@ func TestBrowserOddAnswers(t *testing.T) {
 	}
 
 	if got := js[string](x, fmt.Sprintf(`(async () => {
-		addEventListener('error', (event) => event.preventDefault()); // the console need not have it
+		addEventListener('error', (event) => event.preventDefault()); // not for the console
 		const auth = (await import('./auth.js')).createAuth({ baseURL: %q });
 		const heard = [];
 		auth.onchange(() => { throw new Error('of a listener'); });
@@ -677,8 +720,10 @@ func TestBrowserDevices(t *testing.T) {
 	browser := chromium(t)
 	origin, api := site(t, vars{})
 	laptop, phone := device(t, browser), device(t, browser)
-	const agent = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_3 like Mac OS X) AppleWebKit/605.1.15 (KHTML, like Gecko) Version/18.3 Mobile/15E148 Safari/604.1"
-	if _, err := chromedp.Call(phone.ctx, emulation.SetUserAgentOverride, emulation.SetUserAgentOverrideParams{UserAgent: agent}); err != nil {
+	const agent = "Mozilla/5.0 (iPhone; CPU iPhone OS 18_3 like Mac OS X) AppleWebKit/605.1.15 " +
+		"(KHTML, like Gecko) Version/18.3 Mobile/15E148 Safari/604.1"
+	override := emulation.SetUserAgentOverrideParams{UserAgent: agent}
+	if _, err := chromedp.Call(phone.ctx, emulation.SetUserAgentOverride, override); err != nil {
 		t.Fatal(err)
 	}
 	laptop.signup(origin, ada)
@@ -730,8 +775,8 @@ func TestBrowserDevices(t *testing.T) {
 	laptop.see("#login .problem", "Invalid")
 }
 
-// The same page from a third origin, in the browser of a user who is logged in: to the browser it is the same site, so
-// that it sends the cookie along, and only the server can refuse.
+// The same page from a third origin, in the browser of a user who is logged in. To the browser it
+// is the same site, so that it sends the cookie along, and only the server can refuse.
 func TestBrowserOtherOrigin(t *testing.T) {
 	t.Parallel()
 	browser := chromium(t)
@@ -746,23 +791,27 @@ func TestBrowserOtherOrigin(t *testing.T) {
 	evil.open(originOf(foreign))
 	evil.see("#resume .problem", "The server cannot be reached")
 	evil.shot("other-origin")
-	eventually(t, 10*time.Second, "403 for a refresh from another origin", func() bool { return evil.count("POST /auth/refresh 403") == 1 })
+	evil.hears("POST /auth/refresh 403", 1)
 
 	// What needs no preflight leaves the browser; the script may not see the answer.
-	if kind := js[string](evil, fmt.Sprintf(`fetch(%q, { method: 'POST', mode: 'no-cors', credentials: 'include' }).then((r) => r.type)`,
-		api+"/auth/logout")); kind != "opaque" {
+	if kind := js[string](evil, fmt.Sprintf(
+		`fetch(%q, { method: 'POST', mode: 'no-cors', credentials: 'include' })
+			.then((r) => r.type)`, api+"/auth/logout")); kind != "opaque" {
 		t.Errorf("the answer to another origin is %s", kind)
 	}
-	eventually(t, 10*time.Second, "403 for a logout from another origin", func() bool { return evil.count("POST /auth/logout 403") == 1 })
+	evil.hears("POST /auth/logout 403", 1)
 
 	// What needs one does not.
 	for _, request := range []string{
-		`'/auth/login', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: '{}' }`,
+		`'/auth/login',
+			{ method: 'POST', headers: { 'Content-Type': 'application/json' }, body: '{}' }`,
 		`'/auth/sessions', { method: 'DELETE' }`,
 		`'/auth/me', { headers: { Authorization: 'Bearer x' } }`,
 	} {
-		if got := js[string](evil, fmt.Sprintf(`((path, init) => fetch(%q + path, { ...init, credentials: 'include' })
-			.then((r) => 'status ' + r.status, (e) => e.name))(%s)`, api, request)); got != "TypeError" {
+		got := js[string](evil, fmt.Sprintf(`((path, init) =>
+			fetch(%q + path, { ...init, credentials: 'include' })
+				.then((r) => 'status ' + r.status, (e) => e.name))(%s)`, api, request))
+		if got != "TypeError" {
 			t.Errorf("%s from another origin: %s", request, got)
 		}
 	}
@@ -789,7 +838,8 @@ func TestBrowserLimits(t *testing.T) {
 		for range 20 {
 			x.until(`!document.querySelector('#refresh button').disabled`)
 			x.click("#refresh button")
-			x.until(`visible('#refresh .problem', 'Try again in ') || !document.querySelector('#refresh button').disabled`)
+			x.until(`visible('#refresh .problem', 'Try again in ') ||
+				!document.querySelector('#refresh button').disabled`)
 			if js[string](x, `document.querySelector('#refresh .problem').textContent`) != "" {
 				break
 			}
@@ -799,14 +849,16 @@ func TestBrowserLimits(t *testing.T) {
 		if !js[bool](x, `document.querySelector('#refresh button').disabled`) {
 			t.Error("the button does not wait")
 		}
-		if wait := js[int](x, `Number(document.querySelector('#refresh .problem').textContent.match(/Try again in ([0-9]+) s/)[1])`); wait < 1 || wait > 15 {
+		wait := js[int](x, `Number(document.querySelector('#refresh .problem').textContent
+			.match(/Try again in ([0-9]+) s/)[1])`)
+		if wait < 1 || wait > 15 {
 			t.Errorf("the page read Retry-After as %d", wait)
 		}
 		x.shot("too-many-requests")
 		x.until(`!document.querySelector('#refresh button').disabled`)
 		lists := x.count("GET /auth/sessions 200")
 		x.click("#refresh button")
-		eventually(t, 20*time.Second, "a list once the wait is over", func() bool { return x.count("GET /auth/sessions 200") > lists })
+		x.hears("GET /auth/sessions 200", lists+1)
 	})
 	t.Run("too many wrong passwords", func(t *testing.T) {
 		t.Parallel()

@@ -40,18 +40,23 @@ func run(t *testing.T, dir string, env []string, name string, args ...string) st
 
 func (p *project) compose(args ...string) string {
 	p.t.Helper()
-	return run(p.t, p.dir, p.env, "docker", append([]string{"compose", "--project-name", p.name}, args...)...)
+	args = append([]string{"compose", "--project-name", p.name}, args...)
+	return run(p.t, p.dir, p.env, "docker", args...)
 }
 
-// TestCompose is "docker compose up on a fresh clone with no .env gives a working development server".
+// TestCompose is "docker compose up on a fresh clone without .env gives a working server".
 func TestCompose(t *testing.T) {
 	t.Parallel()
 	root, err := filepath.Abs("..")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &project{t: t, dir: filepath.Join(t.TempDir(), "latchkey"), name: "latchkey-integration-" + freePort(t)}
 	port := freePort(t)
+	p := &project{
+		t:    t,
+		dir:  filepath.Join(t.TempDir(), "latchkey"),
+		name: "latchkey-integration-" + port,
+	}
 	// Nothing of the developer's own settings reaches the fresh clone.
 	for _, line := range os.Environ() {
 		switch name, _, _ := strings.Cut(line, "="); name {
@@ -74,8 +79,7 @@ func TestCompose(t *testing.T) {
 	})
 	p.compose("up", "--build", "--wait")
 
-	// The flow, through the published port. Every client here is the Docker host: there is no trusted
-	// proxy.
+	// The flow, through the published port. Every client here is the Docker host.
 	u := newUser(t, "http://127.0.0.1:"+port)
 	u.must("POST", "/auth/signup", u.credentials())
 	other := u.login()
@@ -126,7 +130,7 @@ func (p *project) inspect(service string) inspect {
 	return found[0]
 }
 
-// assertContainers is "nothing published but the server's port on 127.0.0.1", and the server locked in.
+// assertContainers is "nothing is published but the server's port on 127.0.0.1, which is locked in".
 func (p *project) assertContainers(port string) {
 	p.t.Helper()
 	for _, service := range strings.Fields(p.compose("config", "--services")) {
@@ -141,8 +145,8 @@ func (p *project) assertContainers(port string) {
 	}
 	c := p.inspect("server")
 	host := c.HostConfig
-	if !host.ReadonlyRootfs || !slices.Equal(host.CapDrop, []string{"ALL"}) || len(host.CapAdd) != 0 ||
-		host.Privileged {
+	if !host.ReadonlyRootfs || !slices.Equal(host.CapDrop, []string{"ALL"}) ||
+		len(host.CapAdd) != 0 || host.Privileged {
 		p.t.Errorf("the server's container is not locked in: %+v", host)
 	}
 	if user, _, _ := strings.Cut(c.Config.User, ":"); user == "" || user == "0" || user == "root" {
@@ -168,7 +172,7 @@ func (p *project) assertImage() {
 	}
 	p.t.Logf("the image has %.1f MB", float64(found[0].Size)/1e6)
 	for _, shell := range []string{"/bin/sh", "sh", "/bin/busybox", "/usr/bin/env"} {
-		cmd := exec.CommandContext(p.t.Context(), "docker", "run", "--rm", "--entrypoint", shell, id)
+		cmd := exec.Command("docker", "run", "--rm", "--entrypoint", shell, id)
 		var exit *exec.ExitError
 		if err := cmd.Run(); !errors.As(err, &exit) || exit.ExitCode() != 127 {
 			p.t.Errorf("docker run --entrypoint %s: %v, want exit status 127", shell, err)

@@ -76,7 +76,7 @@ func prepareAndRun(m *testing.M) (code int, err error) {
 	ctx := context.Background()
 	build := exec.Command("docker", "build", "--tag", image, "..")
 	if out, err := build.CombinedOutput(); err != nil {
-		return 1, fmt.Errorf("docker build: %w (is an engine running?)\n%s", err, tail(string(out), 30))
+		return 1, fmt.Errorf("docker build: %w\n%s", err, tail(string(out), 30))
 	}
 	dir, err := os.MkdirTemp("", "latchkey-integration-")
 	if err != nil {
@@ -88,7 +88,7 @@ func prepareAndRun(m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	home.postgres, err = postgres.Run(ctx, postgresImage,
-		postgres.WithUsername("latchkey"), postgres.WithPassword("password-of-the-integration-tests"),
+		postgres.WithUsername("latchkey"), postgres.WithPassword("password-of-the-tests"),
 		postgres.BasicWaitStrategies(),
 		testcontainers.WithCmdArgs("-c", "fsync=off", "-c", "max_connections=500"))
 	defer func() { err = errors.Join(err, testcontainers.TerminateContainer(home.postgres)) }()
@@ -108,7 +108,9 @@ func prepareAndRun(m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	// A name like postgres:17-alpine may be a stand-in, on a machine without a registry.
-	for name, c := range map[string]testcontainers.Container{"postgres": home.postgres, "redis-server": store} {
+	for name, c := range map[string]testcontainers.Container{
+		"postgres": home.postgres, "redis-server": store,
+	} {
 		version, err := execute(ctx, c, name, "--version")
 		if err != nil {
 			return 1, err
@@ -123,7 +125,7 @@ func prepareAndRun(m *testing.M) (code int, err error) {
 // exit status.
 func wrapper() string {
 	docker := ""
-	for _, name := range []string{"PATH", "HOME", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT"} {
+	for name := range strings.FieldsSeq("PATH HOME DOCKER_HOST DOCKER_CONFIG DOCKER_CONTEXT") {
 		if value := os.Getenv(name); value != "" {
 			docker += fmt.Sprintf("export %s='%s'\n", name, strings.ReplaceAll(value, "'", `'\''`))
 		}
@@ -191,10 +193,12 @@ func freePort(t *testing.T) string {
 	return port
 }
 
-var (
-	databases atomic.Int64
-	secrets   = vars{"JWT_SECRET": "access " + rand.Text(), "JWT_REFRESH_SECRET": "refresh " + rand.Text()}
-)
+var databases atomic.Int64
+
+var secrets = vars{
+	"JWT_SECRET":         "access " + rand.Text() + rand.Text(),
+	"JWT_REFRESH_SECRET": "refresh " + rand.Text() + rand.Text(),
+}
 
 // serve runs the image, as in production, on a database and a Redis database of its own until the
 // test ends, and returns its URL.
@@ -202,7 +206,8 @@ func serve(t *testing.T, more vars) string {
 	t.Helper()
 	n := databases.Add(1)
 	name := fmt.Sprintf("latchkey_%d", n)
-	if _, err := execute(t.Context(), home.postgres, "createdb", "-U", "latchkey", name); err != nil {
+	_, err := execute(t.Context(), home.postgres, "createdb", "-U", "latchkey", name)
+	if err != nil {
 		t.Fatal(err)
 	}
 	env := vars{
@@ -262,7 +267,8 @@ type user struct {
 }
 
 func newUser(t *testing.T, api string) *user {
-	return &user{t: t, api: api, ip: newIP(), email: rand.Text() + "@example.com", password: rand.Text()}
+	email := rand.Text() + "@example.com"
+	return &user{t: t, api: api, ip: newIP(), email: email, password: rand.Text()}
 }
 
 var addresses atomic.Int64

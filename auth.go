@@ -1,7 +1,7 @@
 package main
 
-// auth.go holds the handlers of the routes under /auth, one after the other, and what they share:
-// reading bodies and tokens, judging passwords, giving tokens.
+// auth.go has the handlers of the routes under /auth, one after the other. Below them is what they
+// share: issuing and reading tokens, reading bodies, judging and hashing passwords.
 
 import (
 	"bytes"
@@ -11,6 +11,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"mime"
 	"net/http"
 	"net/mail"
@@ -24,30 +25,30 @@ import (
 )
 
 const (
-	// maxBodyBytes bounds a body. The largest acceptable one, with every character escaped, has
-	// about 4 KB.
+	// maxBodyBytes bounds a body. The largest one that is of use, with every character escaped, is
+	// about 2 KB long. The rest is for members that we ignore.
 	maxBodyBytes = 100 << 10
 
-	// maxPasswordBytes is as much of a password as bcrypt reads.
+	// maxPasswordBytes is how much of a password bcrypt reads.
 	maxPasswordBytes = 72
 
-	// minPasswordBytes is the least that NIST SP 800-63B section 5.1.1.2 asks for.
+	// minPasswordBytes follows NIST SP 800-63B section 5.1.1.2, which asks for 8 characters.
 	minPasswordBytes = 8
 
-	// maxEmailBytes is the longest address that SMTP can deliver to (RFC 5321 section 4.5.3.1.3,
-	// less the angle brackets).
+	// maxEmailBytes is the length of the longest address that SMTP can deliver to (RFC 5321 section
+	// 4.5.3.1.3, without the angle brackets).
 	maxEmailBytes = 254
 
-	// maxUserAgentBytes bounds what a session remembers of the client's name.
+	// maxUserAgentBytes bounds how much of a client's user agent a session remembers.
 	maxUserAgentBytes = 256
 
-	// maxBcryptCost bounds the time that a stored hash may take: 16 is three seconds, 31 is days.
+	// maxBcryptCost bounds the time that a stored hash can take: 16 takes three seconds, 31 a day.
 	maxBcryptCost = 16
 
-	// staleTries bounds how often a request judges a password whose hash is replaced each time
-	// before it can act. A change needs one more try. Logins on replicas with different costs may
-	// need several.
-	staleTries = 5
+	// maxTries bounds how often a request judges a password again because the hash was replaced
+	// before the request could act on it. One such replacement is a coincidence. Several in a row
+	// happen only if replicas have different costs and rehash each other's hashes.
+	maxTries = 5
 )
 
 // auth serves the routes under /auth.
@@ -64,20 +65,20 @@ type auth struct {
 	sameSite     http.SameSite
 }
 
-// Answers
+// Answers. Their members are in the order of the contract.
 
 // message is an answer that only says what was done.
 type message struct {
 	Message string `json:"message"`
 }
 
-// userAnswer is what the answer to a login says of the user.
+// userAnswer is the user in the answer to a login.
 type userAnswer struct {
 	ID    string `json:"id"`
 	Email string `json:"email"`
 }
 
-// accountAnswer is a user's account.
+// accountAnswer is the user in the other answers.
 type accountAnswer struct {
 	ID        string    `json:"id"`
 	Email     string    `json:"email"`
@@ -130,14 +131,18 @@ func accountOf(u user) accountAnswer {
 // signup creates an account and opens its first session.
 func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 	var in credentials
-	if err := readBody(w, r, &in); err != nil {
+	err := readBody(w, r, members{
+		"email":    &in.Email,
+		"password": &in.Password,
+	})
+	if err != nil {
 		return err
 	}
 	email := normalizeEmail(in.Email)
-	err := validate(
-		field{"email", emailFault(email)},
-		field{"password", passwordFault(in.Password)},
-	)
+	err = validate(validationError{
+		"email":    emailFault(email),
+		"password": passwordFault(in.Password),
+	})
 	if err != nil {
 		return err
 	}
@@ -145,56 +150,60 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	u, g, err := a.store.createUser(r.Context(), email, hash, newUUID(), newUUID(), deviceOf(r))
+	u, g, err := a.store.createUser(r.Context(), email, hash, sessionFor(r))
 	if err != nil {
 		return err
 	}
+	accessToken := a.issueTokens(w, r, u, g, u.Email)
 	return writeJSON(w, http.StatusCreated, signupAnswer{
 		Message:     "User created successfully",
 		User:        accountOf(u),
-		AccessToken: a.giveTokens(w, r, u, g, u.Email),
+		AccessToken: accessToken,
 	})
 }
 
-// login opens a session. It answers the same, in the same time, for a wrong password and for an
-// email that nobody has.
+// login opens a session. It answers a wrong password and an unknown email alike, in the same time.
 func (a *auth) login(w http.ResponseWriter, r *http.Request) error {
 	var in credentials
-	if err := readBody(w, r, &in); err != nil {
+	err := readBody(w, r, members{
+		"email":    &in.Email,
+		"password": &in.Password,
+	})
+	if err != nil {
 		return err
 	}
-	err := validate(
-		field{"email", missingFault(in.Email)},
-		field{"password", missingFault(in.Password)},
-	)
+	err = validate(validationError{
+		"email":    missingFault(in.Email),
+		"password": missingFault(in.Password),
+	})
 	if err != nil {
 		return err
 	}
 	var u user
 	var g grant
-	err = retryStale(func() error {
-		var err error
+	err = retryStale(func() (err error) {
 		u, err = a.authenticate(r, normalizeEmail(in.Email), in.Password)
 		if err != nil {
 			return err
 		}
-		g, err = a.store.openSession(r.Context(), u, newUUID(), newUUID(), deviceOf(r))
+		g, err = a.store.openSession(r.Context(), u, sessionFor(r))
 		return err
 	})
 	if err != nil {
 		return err
 	}
 	a.upgradeHash(r, u, in.Password)
+	accessToken := a.issueTokens(w, r, u, g, u.Email)
 	return writeJSON(w, http.StatusOK, loginAnswer{
 		Message:     "Login successful",
 		User:        userAnswer{ID: u.ID, Email: u.Email},
-		AccessToken: a.giveTokens(w, r, u, g, u.Email),
+		AccessToken: accessToken,
 	})
 }
 
 // refreshTokens exchanges the refresh cookie for an access token and the next refresh cookie.
 func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
-	c, err := a.verifyRefresh(r)
+	c, err := a.verifyCookie(r)
 	if err != nil {
 		a.clearCookie(w)
 		return err
@@ -208,19 +217,18 @@ func (a *auth) refreshTokens(w http.ResponseWriter, r *http.Request) error {
 	})
 	a.metrics.countRefresh(outcomeOf(g, err))
 	if errors.Is(err, errTheft) || errors.Is(err, errEnded) {
-		a.clearCookie(w) // but not at errReused: two tabs raced, and the cookie is the other's
+		a.clearCookie(w) // not after errReused: another tab has won, and the cookie is the new one
 	}
 	if err != nil {
 		return err
 	}
-	// The refresh token goes on naming the email that it named before. So the successor of a token
-	// is the same whenever it is made, also when it is sent a second time.
-	return writeJSON(w, http.StatusOK, refreshAnswer{
-		AccessToken: a.giveTokens(w, r, u, g, c.Email),
-	})
+	// The refresh token keeps the email of the one before, so that a successor that is sent again
+	// is the same to the last byte.
+	accessToken := a.issueTokens(w, r, u, g, c.Email)
+	return writeJSON(w, http.StatusOK, refreshAnswer{accessToken})
 }
 
-// outcomeOf names what became of a refresh, for the metrics.
+// outcomeOf returns the outcome of a refresh for the metrics.
 func outcomeOf(g grant, err error) refreshOutcome {
 	switch {
 	case errors.Is(err, errTheft):
@@ -238,23 +246,16 @@ func outcomeOf(g grant, err error) refreshOutcome {
 	}
 }
 
-// logout ends the session of the access token. The cookie counts only if there is no access token,
-// or one that has expired.
+// logout ends the session that the caller's tokens name.
 func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
-	c, err := a.verifyAccess(r)
-	if errors.Is(err, errMissingToken) || errors.Is(err, errTokenExpired) {
-		fromCookie, cookieErr := a.verifyRefresh(r)
-		if !errors.Is(cookieErr, errMissingToken) {
-			c, err = fromCookie, cookieErr
-		}
-	}
+	c, err := a.verifyEither(r)
 	if err != nil {
 		a.clearCookie(w)
 		return err
 	}
 	err = a.store.revoke(r.Context(), c.UserID, c.SessionID)
 	if err != nil && !errors.Is(err, errNoSession) {
-		return err // the cookie stays, for the session may live
+		return err // the cookie stays, because the session may be alive
 	}
 	a.clearCookie(w)
 	if err != nil {
@@ -316,13 +317,17 @@ func (a *auth) revokeSessions(w http.ResponseWriter, r *http.Request, c claims) 
 // changePassword replaces the caller's password and ends all other sessions.
 func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) error {
 	var in passwordChange
-	if err := readBody(w, r, &in); err != nil {
+	err := readBody(w, r, members{
+		"currentPassword": &in.CurrentPassword,
+		"newPassword":     &in.NewPassword,
+	})
+	if err != nil {
 		return err
 	}
-	err := validate(
-		field{"currentPassword", missingFault(in.CurrentPassword)},
-		field{"newPassword", passwordFault(in.NewPassword)},
-	)
+	err = validate(validationError{
+		"currentPassword": missingFault(in.CurrentPassword),
+		"newPassword":     passwordFault(in.NewPassword),
+	})
 	if err != nil {
 		return err
 	}
@@ -346,13 +351,15 @@ func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) 
 // deleteAccount deletes the caller's account and ends all of its sessions.
 func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) error {
 	var in passwordOnly
-	if err := readBody(w, r, &in); err != nil {
+	err := readBody(w, r, members{"password": &in.Password})
+	if err != nil {
 		return err
 	}
-	if err := validate(field{"password", missingFault(in.Password)}); err != nil {
+	err = validate(validationError{"password": missingFault(in.Password)})
+	if err != nil {
 		return err
 	}
-	err := retryStale(func() error {
+	err = retryStale(func() error {
 		u, err := a.reauthenticate(r, c, in.Password)
 		if err != nil {
 			return err
@@ -368,8 +375,8 @@ func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) e
 
 // Tokens
 
-// bearerToken returns the token of the Authorization header, "" if there is none (RFC 6750 section
-// 2.1).
+// bearerToken returns the token in the Authorization header, or "" if there is none (RFC 6750
+// section 2.1).
 func bearerToken(r *http.Request) string {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
@@ -378,8 +385,8 @@ func bearerToken(r *http.Request) string {
 	return strings.Trim(token, " ")
 }
 
-// verifyAccess returns the claims of the Bearer token.
-func (a *auth) verifyAccess(r *http.Request) (claims, error) {
+// verifyBearer returns the claims of the access token in the Authorization header.
+func (a *auth) verifyBearer(r *http.Request) (claims, error) {
 	token := bearerToken(r)
 	if token == "" {
 		return claims{}, errMissingToken
@@ -388,9 +395,10 @@ func (a *auth) verifyAccess(r *http.Request) (claims, error) {
 	return verify(r, a.access, token)
 }
 
-// verifyRefresh returns the claims of the refresh cookie. A browser that sends two of them has got
-// one from elsewhere, a sibling domain perhaps, and nobody can tell which. Both are refused then.
-func (a *auth) verifyRefresh(r *http.Request) (claims, error) {
+// verifyCookie returns the claims of the refresh token in the cookie. If a browser sends two
+// different ones, it got one of them from elsewhere, perhaps from a sibling domain. We cannot tell
+// which, so we refuse both.
+func (a *auth) verifyCookie(r *http.Request) (claims, error) {
 	token := ""
 	for i, cookie := range r.CookiesNamed("refreshToken") {
 		if i > 0 && cookie.Value != token {
@@ -404,7 +412,21 @@ func (a *auth) verifyRefresh(r *http.Request) (claims, error) {
 	return verify(r, a.refresh, token)
 }
 
-// verify returns the claims of a token and notes whose it is.
+// verifyEither returns the claims of the Bearer token. If that is missing or has expired, and there
+// is a cookie, it returns those of the cookie.
+func (a *auth) verifyEither(r *http.Request) (claims, error) {
+	c, err := a.verifyBearer(r)
+	if !errors.Is(err, errMissingToken) && !errors.Is(err, errTokenExpired) {
+		return c, err
+	}
+	fromCookie, cookieErr := a.verifyCookie(r)
+	if errors.Is(cookieErr, errMissingToken) {
+		return c, err
+	}
+	return fromCookie, cookieErr
+}
+
+// verify returns the claims of a token, and notes its user and session for the log.
 func verify(r *http.Request, k keys, token string) (claims, error) {
 	c, err := k.verify(token, time.Now())
 	if err != nil {
@@ -415,12 +437,13 @@ func verify(r *http.Request, k keys, token string) (claims, error) {
 	return c, nil
 }
 
-// requireAuth lets a request pass whose access token verifies and whose session is alive.
-func (a *auth) requireAuth(
-	next func(w http.ResponseWriter, r *http.Request, c claims) error,
-) handlerFunc {
+// authedHandler is a handler that needs the claims of an access token.
+type authedHandler func(w http.ResponseWriter, r *http.Request, c claims) error
+
+// requireAuth calls next if the access token verifies and its session is alive.
+func (a *auth) requireAuth(next authedHandler) handlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) error {
-		c, err := a.verifyAccess(r)
+		c, err := a.verifyBearer(r)
 		if err != nil {
 			return err
 		}
@@ -431,9 +454,9 @@ func (a *auth) requireAuth(
 	}
 }
 
-// giveTokens sets the refresh cookie of a grant and returns an access token of the same session.
-// The refresh token names the user by refreshEmail.
-func (a *auth) giveTokens(
+// issueTokens sets the refresh token of a grant as the cookie, and returns an access token of the
+// same session. The refresh token has refreshEmail as its email.
+func (a *auth) issueTokens(
 	w http.ResponseWriter,
 	r *http.Request,
 	u user,
@@ -466,7 +489,7 @@ func (a *auth) giveTokens(
 	})
 }
 
-// setCookie sets the refresh cookie for so many seconds.
+// setCookie sets the refresh cookie. maxAge is in seconds.
 func (a *auth) setCookie(w http.ResponseWriter, value string, maxAge int) {
 	http.SetCookie(w, &http.Cookie{
 		Name:     "refreshToken",
@@ -484,7 +507,16 @@ func (a *auth) clearCookie(w http.ResponseWriter) {
 	a.setCookie(w, "", -1)
 }
 
-// deviceOf returns where a request comes from, as the list of sessions shows it.
+// sessionFor returns a new session for the client of a request.
+func sessionFor(r *http.Request) newSession {
+	return newSession{
+		ID:      newUUID(),
+		TokenID: newUUID(),
+		Device:  deviceOf(r),
+	}
+}
+
+// deviceOf returns the client of a request as the list of sessions shows it.
 func deviceOf(r *http.Request) device {
 	agent := r.UserAgent()
 	return device{
@@ -495,26 +527,10 @@ func deviceOf(r *http.Request) device {
 
 // Bodies
 
-// body is a request's body. Its members are strings.
-type body interface {
-	// member returns where the member of this name is kept, nil for one that nobody asked for.
-	member(name string) *string
-}
-
 // credentials is the body of signup and login.
 type credentials struct {
 	Email    string
 	Password string
-}
-
-func (b *credentials) member(name string) *string {
-	switch name {
-	case "email":
-		return &b.Email
-	case "password":
-		return &b.Password
-	}
-	return nil
 }
 
 // passwordChange is the body of PUT /auth/password.
@@ -523,30 +539,16 @@ type passwordChange struct {
 	NewPassword     string
 }
 
-func (b *passwordChange) member(name string) *string {
-	switch name {
-	case "currentPassword":
-		return &b.CurrentPassword
-	case "newPassword":
-		return &b.NewPassword
-	}
-	return nil
-}
-
 // passwordOnly is the body of DELETE /auth/me.
 type passwordOnly struct {
 	Password string
 }
 
-func (b *passwordOnly) member(name string) *string {
-	if name == "password" {
-		return &b.Password
-	}
-	return nil
-}
+// members maps the names of a body's members, all of them strings, to where they are stored.
+type members map[string]*string
 
-// readBody reads the body of a request into b. A member that is missing stays empty.
-func readBody(w http.ResponseWriter, r *http.Request, b body) error {
+// readBody reads the body of a request into the members. One that is missing stays empty.
+func readBody(w http.ResponseWriter, r *http.Request, into members) error {
 	if r.ContentLength > maxBodyBytes {
 		w.Header().Set("Connection", "close") // otherwise net/http waits for the body first
 		return errBodyTooLarge
@@ -563,20 +565,19 @@ func readBody(w http.ResponseWriter, r *http.Request, b body) error {
 	if err != nil {
 		return errInvalidJSON
 	}
-	return parseObject(data, b)
+	return parseObject(data, into)
 }
 
-// parseObject reads data, one JSON object, into b. It is stricter than encoding/json, so that a
-// proxy or a log that reads the same text finds the same members in it (RFC 8259 section 4): names
-// are matched with their exact case, no name is given twice, and the text is valid UTF-8. What is
-// inside a member that b does not have needs only to be JSON. An escape of half a surrogate pair
-// becomes U+FFFD, as it does when JavaScript writes such a string in UTF-8.
-func parseObject(data []byte, b body) error {
+// parseObject reads a JSON object into the members. It is stricter than encoding/json, so that
+// another program that reads the same text finds the same values (RFC 8259 section 4): names must
+// match in their exact case, no name may be given twice, and the text must be valid UTF-8. Members
+// that we do not know only need to be valid JSON.
+func parseObject(data []byte, into members) error {
 	if !utf8.Valid(data) || !json.Valid(data) {
 		return errInvalidJSON
 	}
 	decoder := json.NewDecoder(bytes.NewReader(data))
-	opening, _ := decoder.Token()
+	opening, _ := decoder.Token() // data is valid, so no call of Token fails
 	if opening != json.Delim('{') {
 		return errInvalidJSON
 	}
@@ -593,8 +594,8 @@ func parseObject(data []byte, b body) error {
 		if err := decoder.Decode(&value); err != nil {
 			return errInvalidJSON
 		}
-		member := b.member(name)
-		if member == nil {
+		member, known := into[name]
+		if !known {
 			continue
 		}
 		if value[0] != '"' {
@@ -609,38 +610,27 @@ func parseObject(data []byte, b body) error {
 
 // Emails and passwords
 
-// field is a member of a body and what is wrong with it, "" if nothing is.
-type field struct {
-	name  string
-	fault string
+// validate returns the faults as an error, or nil if all of them are empty.
+func validate(faults validationError) error {
+	maps.DeleteFunc(faults, func(_, fault string) bool { return fault == "" })
+	if len(faults) == 0 {
+		return nil
+	}
+	return faults
 }
 
-// validate returns a validationError if anything is wrong with one of the fields.
-func validate(fields ...field) error {
-	faults := validationError{}
-	for _, f := range fields {
-		if f.fault != "" {
-			faults[f.name] = f.fault
-		}
-	}
-	if len(faults) > 0 {
-		return faults
-	}
-	return nil
-}
+const requiredFault = "This field is required"
 
-const faultMissing = "This field is required"
-
-// missingFault returns what is wrong with a value that only has to be there, "" if nothing is.
+// missingFault returns the fault of a value that must not be empty, or "".
 func missingFault(value string) string {
 	if value == "" {
-		return faultMissing
+		return requiredFault
 	}
 	return ""
 }
 
-// normalizeEmail trims and lower-cases an email. Only ASCII letters have a case here, as they do in
-// PostgreSQL under the collation "C".
+// normalizeEmail trims an email and lower-cases its ASCII letters, which is also all that
+// PostgreSQL lower-cases under the collation "C".
 func normalizeEmail(email string) string {
 	return strings.Map(func(r rune) rune {
 		if r <= unicode.MaxASCII {
@@ -650,10 +640,10 @@ func normalizeEmail(email string) string {
 	}, strings.TrimSpace(email))
 }
 
-// emailFault returns what is wrong with the normalized email of a new account, "" if nothing is.
+// emailFault returns the fault of a new account's email, which is normalized, or "".
 func emailFault(email string) string {
 	if email == "" {
-		return faultMissing
+		return requiredFault
 	}
 	if len(email) > maxEmailBytes {
 		return "Email must be at most 254 bytes"
@@ -666,8 +656,8 @@ func emailFault(email string) string {
 	return ""
 }
 
-// isUnprintable reports whether an email must not contain r: spaces of all kinds, control
-// characters, and what cannot be seen.
+// isUnprintable reports whether r is a space, a control character, or invisible. An email must not
+// contain such characters.
 func isUnprintable(r rune) bool {
 	return unicode.IsSpace(r) || !unicode.IsGraphic(r)
 }
@@ -678,7 +668,7 @@ var commonPasswordsFile string
 // commonPasswords holds the passwords that attackers try first, in lower case.
 var commonPasswords = parseCommonPasswords(commonPasswordsFile)
 
-// parseCommonPasswords reads one password a line. Lines that begin with "#!" are comments.
+// parseCommonPasswords reads a file with one password per line. Lines with "#!" are comments.
 func parseCommonPasswords(file string) map[string]bool {
 	passwords := map[string]bool{}
 	for line := range strings.Lines(file) {
@@ -689,16 +679,16 @@ func parseCommonPasswords(file string) map[string]bool {
 	return passwords
 }
 
-// passwordFault returns what is wrong with a new password, "" if nothing is.
+// passwordFault returns the fault of a new password, or "".
 func passwordFault(password string) string {
 	switch {
 	case password == "":
-		return faultMissing
+		return requiredFault
 	case len(password) < minPasswordBytes:
 		return "Password must be at least 8 bytes"
 	case len(password) > maxPasswordBytes:
 		return "Password must be at most 72 bytes"
-	case strings.ContainsRune(password, 0): // to bcrypt "P" and "P\x00P" are the same
+	case strings.ContainsRune(password, 0): // bcrypt takes "P" and "P\x00P" for the same
 		return "Password must not contain NUL"
 	case commonPasswords[strings.ToLower(password)]:
 		return "Password is too common"
@@ -706,19 +696,20 @@ func passwordFault(password string) string {
 	return ""
 }
 
-// authenticate returns the user of an email if the password is theirs, and errInvalidCredentials if
-// it is not or if there is no such user.
+// authenticate returns the user with this email if the password is right. It returns
+// errInvalidCredentials if the password is wrong or if there is no such user.
 func (a *auth) authenticate(r *http.Request, email, password string) (user, error) {
 	u, err := a.store.findUserByEmail(r.Context(), email)
 	if err != nil && !errors.Is(err, errNoUser) {
 		return user{}, err
 	}
-	// Without such a user the hash is empty. No password matches it, which takes as long to find.
-	infoOf(r).userID = u.ID // the log names whose login fails
+	infoOf(r).userID = u.ID // so the log names the account even if the login fails
+	// If there is no such user, the hash is empty. No password matches it, and finding that out
+	// takes as long as for a real one.
 	return u, a.judgePassword(r, email, u.PasswordHash, password)
 }
 
-// reauthenticate returns the user of an access token if the password is theirs.
+// reauthenticate returns the user of an access token if the password is right.
 func (a *auth) reauthenticate(r *http.Request, c claims, password string) (user, error) {
 	u, err := a.store.findUserByID(r.Context(), c.UserID)
 	if err != nil {
@@ -727,50 +718,54 @@ func (a *auth) reauthenticate(r *http.Request, c claims, password string) (user,
 	return u, a.judgePassword(r, normalizeEmail(u.Email), u.PasswordHash, password)
 }
 
-// judgePassword returns errInvalidCredentials if password does not match hash. The attempt counts
-// as a failure on the account of email until the password turns out to be right.
+// judgePassword returns errInvalidCredentials if password does not match hash. The attempt is
+// counted as a failure beforehand. It is given back if the password is right, or if it could not be
+// judged.
 func (a *auth) judgePassword(r *http.Request, email, hash, password string) error {
 	ctx := r.Context()
 	ip := infoOf(r).ip
-	wait, err := a.logins.take(ctx, email, ip)
+	allowed, wait, err := a.logins.take(ctx, email, ip)
 	if err != nil {
 		return redisError("login limit", err)
 	}
-	if wait > 0 {
+	if !allowed {
 		a.metrics.loginLimited.Add(1)
 		return &limitError{errTooManyAttempts, wait}
 	}
 
 	matches, err := a.hasher.matches(ctx, hash, password)
 	if err != nil {
-		a.warn(r, "login attempt not given back", a.logins.giveBack(ctx, email, ip))
+		giveBackErr := a.logins.giveBack(ctx, email, ip)
+		a.warn(r, "login attempt not given back", giveBackErr)
 		return err
 	}
 	if !matches {
 		return errInvalidCredentials
 	}
-	a.warn(r, "login attempt not given back", a.logins.succeeded(ctx, email, ip))
+	forgiveErr := a.logins.forgive(ctx, email, ip)
+	a.warn(r, "failed logins not forgiven", forgiveErr)
 	return nil
 }
 
-// warn logs an error that does not change the answer. It does nothing if err is nil.
+// warn logs err, unless it is nil. It is for errors that do not change the answer.
 func (a *auth) warn(r *http.Request, text string, err error) {
 	if err != nil {
 		a.log.Warn(text, "requestId", infoOf(r).id, "error", err.Error())
 	}
 }
 
-// retryStale calls try, which judges a password and acts on the hash that it matched. It calls try
-// again if that hash was replaced in between, since the password may match the new one too.
+// retryStale calls try, which judges a password and then acts on the hash that it matched. If that
+// hash was replaced in between, retryStale calls try again, since the password may match the new
+// hash too.
 func retryStale(try func() error) error {
 	err := try()
-	for tries := 1; tries < staleTries && errors.Is(err, errStale); tries++ {
+	for tries := 1; tries < maxTries && errors.Is(err, errStale); tries++ {
 		err = try()
 	}
 	return err
 }
 
-// upgradeHash hashes the password anew if its hash has another cost than new ones get. If that
+// upgradeHash replaces the user's password hash if its cost is not the configured one. If that
 // fails, the login still succeeds.
 func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 	cost, err := bcrypt.Cost([]byte(u.PasswordHash))
@@ -787,19 +782,19 @@ func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 // Hashing
 
 const (
-	// hashWait is the longest wait for a hashing slot. Hardly anybody waits longer for a login.
+	// hashWait is the longest wait for a hashing slot. A user would hardly wait longer.
 	hashWait = 2 * time.Second
 
-	// hashQueue bounds how many requests wait, and so the memory that they take. A machine with 32
-	// processors hashes about this many passwords in hashWait.
+	// hashQueue bounds how many requests wait, and so the memory that they take. It is about what
+	// a machine with 32 processors can hash within hashWait.
 	hashQueue = 256
 )
 
-// hasher computes bcrypt hashes in a fixed number of slots, so that logins cannot take the
-// processors from everything else.
+// hasher computes bcrypt hashes. It has a fixed number of slots, so that logins leave processors
+// for everything else.
 type hasher struct {
 	cost    int
-	dummy   string // is compared with the password where there is no hash
+	dummy   string // takes the place of a hash that is missing
 	slots   chan struct{}
 	waiting atomic.Int64
 	refused atomic.Int64
@@ -811,16 +806,21 @@ func newHasher(slots, cost int) (*hasher, error) {
 		slots: make(chan struct{}, slots),
 	}
 	dummy, err := h.hash(context.Background(), newUUID())
+	if err != nil {
+		return nil, err
+	}
 	h.dummy = dummy
-	return h, err
+	return h, nil
 }
 
-// acquire takes a slot. It returns errOverloaded if none comes free in time, or if too many wait.
+// acquire takes a slot. It returns errOverloaded if no slot becomes free in time, or if too many
+// requests wait already.
 func (h *hasher) acquire(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, hashWait)
 	defer cancel()
+	waiting := h.waiting.Add(1)
 	defer h.waiting.Add(-1)
-	if h.waiting.Add(1) <= hashQueue {
+	if waiting <= hashQueue {
 		select {
 		case h.slots <- struct{}{}:
 			return nil
@@ -836,7 +836,7 @@ func (h *hasher) release() {
 	<-h.slots
 }
 
-// hash returns the bcrypt hash of a password that is acceptable.
+// hash returns the bcrypt hash of a password.
 func (h *hasher) hash(ctx context.Context, password string) (string, error) {
 	if err := h.acquire(ctx); err != nil {
 		return "", err
@@ -846,12 +846,12 @@ func (h *hasher) hash(ctx context.Context, password string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	// What x/crypto calls $2a$ is what the other implementations call $2b$.
+	// x/crypto computes what other implementations call $2b$, but writes $2a$.
 	return "$2b$" + strings.TrimPrefix(string(hash), "$2a$"), nil
 }
 
-// matches reports whether password is the one of hash. It takes the same time to say no for a hash
-// of a lower cost than configured, for no hash, and for a password that cannot be right.
+// matches reports whether password matches hash. A refusal takes the same time if there is no hash,
+// if the hash has a lower cost than the configured one, or if the password is not acceptable.
 func (h *hasher) matches(ctx context.Context, hash, password string) (bool, error) {
 	possible := len(password) <= maxPasswordBytes && !strings.ContainsRune(password, 0)
 	cost, err := bcrypt.Cost([]byte(hash))
@@ -868,7 +868,8 @@ func (h *hasher) matches(ctx context.Context, hash, password string) (bool, erro
 	if err == nil && possible {
 		return true, nil
 	}
-	// 2^cost rounds are done. One hash of each cost from there to h.cost-1 makes them 2^h.cost.
+	// The comparison took 2^cost rounds. Hashing once at each cost from there to h.cost-1 makes the
+	// sum 2^h.cost.
 	for ; cost < h.cost; cost++ {
 		_, _ = bcrypt.GenerateFromPassword(nil, cost)
 	}

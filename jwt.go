@@ -1,6 +1,6 @@
 package main
 
-// jwt.go signs and verifies HS256 tokens (RFC 7515, RFC 7519). Its functions are pure: the clock is
+// jwt.go signs and verifies HS256 tokens (RFC 7515, RFC 7519). Its functions are pure. The time is
 // a parameter, and nothing here knows HTTP or the stores.
 
 import (
@@ -14,12 +14,12 @@ import (
 )
 
 const (
-	// jwtHeader is base64url({"alg":"HS256","typ":"JWT"}), the only header that is written or
-	// accepted. The algorithm is never read from a token (RFC 8725 section 3.1).
+	// jwtHeader is base64url({"alg":"HS256","typ":"JWT"}). No other header is written or accepted.
+	// The algorithm is never read from a token (RFC 8725 section 3.1).
 	jwtHeader = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9"
 
-	// maxTokenBytes bounds the work that a made-up token causes. Ours have about 500 bytes, and up
-	// to 2,400 with an email of which JSON escapes every character.
+	// maxTokenBytes bounds the work that a made-up token can cause. Ours are about 500 bytes long,
+	// and at most 2,400 if JSON escapes every character of a long email.
 	maxTokenBytes = 4096
 )
 
@@ -28,12 +28,12 @@ var (
 	errTokenExpired = errors.New("token has expired")
 )
 
-// base64url is the encoding of RFC 7515 section 2. It is strict about unused bits in the last
-// character, which would otherwise give a token several spellings.
+// base64url is the encoding of RFC 7515 section 2. It rejects unused bits in the last character,
+// since a token could otherwise be written in several ways.
 var base64url = base64.RawURLEncoding.Strict()
 
-// claims is the payload of access and refresh tokens. Times are in Unix seconds, which RFC 7519
-// section 2 calls NumericDate.
+// claims is the payload of access and refresh tokens. Times are Unix seconds (NumericDate in RFC
+// 7519 section 2).
 type claims struct {
 	UserID    string `json:"userId"`
 	Email     string `json:"email"`
@@ -42,16 +42,16 @@ type claims struct {
 	Subject   string `json:"sub"` // the same as UserID
 	SessionID string `json:"sid"`
 	TokenID   string `json:"jti"`
-	NotBefore int64  `json:"nbf,omitempty"` // never written, but respected
+	NotBefore int64  `json:"nbf,omitempty"` // we never write it, but respect it
 }
 
-// keys are the secrets of one kind of token.
+// keys has the secrets for one kind of token.
 type keys struct {
 	current  []byte // signs and verifies
 	previous []byte // only verifies; empty if there is none
 }
 
-// sign returns a token that carries c.
+// sign returns a token with these claims.
 func (k keys) sign(c claims) string {
 	payload, err := json.Marshal(c)
 	if err != nil {
@@ -61,20 +61,17 @@ func (k keys) sign(c claims) string {
 	return signed + "." + signature(k.current, signed)
 }
 
-// verify returns the claims of a token. It returns errTokenExpired if the time is all that is wrong
-// with the token, and errTokenInvalid if anything else is.
+// verify returns the claims of a token. It returns errTokenExpired if the token has expired and
+// nothing else is wrong with it, and errTokenInvalid if anything else is wrong.
 func (k keys) verify(token string, now time.Time) (claims, error) {
-	if len(token) > maxTokenBytes {
-		return claims{}, errTokenInvalid
-	}
 	dot := strings.LastIndexByte(token, '.')
-	if dot < 0 {
+	if dot < 0 || len(token) > maxTokenBytes {
 		return claims{}, errTokenInvalid
 	}
 
-	// The signature comes first, so nothing of a forged token is ever parsed.
+	// The signature is checked first, so nothing of a forged token is ever parsed.
 	signed := token[:dot]
-	if !k.signed(signed, token[dot+1:]) {
+	if !k.haveSigned(signed, token[dot+1:]) {
 		return claims{}, errTokenInvalid
 	}
 	c, err := parseClaims(signed)
@@ -86,36 +83,36 @@ func (k keys) verify(token string, now time.Time) (claims, error) {
 	if !complete || c.ExpiresAt == 0 || c.NotBefore > now.Unix() {
 		return claims{}, errTokenInvalid
 	}
-	if c.ExpiresAt <= now.Unix() { // "on or after which", RFC 7519 section 4.1.4
+	if c.ExpiresAt <= now.Unix() { // exp itself is already too late: RFC 7519 section 4.1.4
 		return claims{}, errTokenExpired
 	}
 	return c, nil
 }
 
-// signed reports whether shown is the signature of text by one of the keys.
-func (k keys) signed(text, shown string) bool {
+// haveSigned reports whether shown is the signature of text with one of the keys.
+func (k keys) haveSigned(text, shown string) bool {
 	if hmac.Equal([]byte(shown), []byte(signature(k.current, text))) {
 		return true
 	}
-	if len(k.previous) == 0 { // an empty secret is no key: everybody could sign with it
+	if len(k.previous) == 0 { // everybody can sign with an empty key
 		return false
 	}
 	return hmac.Equal([]byte(shown), []byte(signature(k.previous, text)))
 }
 
 // signature returns the HMAC-SHA-256 of text in base64url (RFC 7518 section 3.2). Signatures are
-// compared in this form, so that each has a single spelling.
+// compared in this form, so that each can be written in one way only.
 func signature(key []byte, text string) string {
 	mac := hmac.New(sha256.New, key)
 	mac.Write([]byte(text))
 	return base64url.EncodeToString(mac.Sum(nil))
 }
 
-// parseClaims reads the claims of "header.payload", whose signature has been checked. It refuses
-// every header but our own: "none", other algorithms, "crit", and other spellings.
+// parseClaims reads the claims in "header.payload", whose signature must have been checked. It
+// accepts only our own header, so it refuses "none", other algorithms, and "crit".
 func parseClaims(signed string) (claims, error) {
 	payload, ok := strings.CutPrefix(signed, jwtHeader+".")
-	if !ok || strings.ContainsAny(payload, "\r\n") { // line breaks are skipped by the decoder
+	if !ok || strings.ContainsAny(payload, "\r\n") { // the decoder would skip line breaks
 		return claims{}, errTokenInvalid
 	}
 	data, err := base64url.DecodeString(payload)

@@ -11,28 +11,28 @@
 //
 // # A request
 //
-// A request passes observe, cors and rateLimit on its way to the mux, then refuseCrossOrigin, and
-// requireAuth if its route needs an access token. The handler reads the body, decides, asks the
-// store and answers. An error comes back up to handle, which alone writes error bodies.
+// A request passes observe, matchRoute, cors and rateLimit on its way to the mux. Then it passes
+// refuseCrossOrigin and, if its route needs an access token, requireAuth. The handler reads the
+// body, decides, asks the stores and answers. If it returns an error, handle answers that.
 //
 // # A session
 //
-// A session is a Redis hash that names the one refresh token it honours. A refresh exchanges that
-// token for the next one in a single script, so exactly one of any number of simultaneous
-// refreshes wins, on any number of replicas. An exchanged token that is shown again is a race
-// within the leeway, and a theft after it. Theft ends the session. An access token names its
-// session and is refused once that is gone. Nothing but a password opens a session, so a session
-// that has ended never comes back.
+// A session is a key in Redis that names the only refresh token it accepts. A refresh exchanges
+// that token for the next one in a single script. So of any number of simultaneous refreshes, on
+// any number of replicas, exactly one wins. If an exchanged token is shown again within the leeway,
+// two clients have raced, and the token is refused. If it is shown again later, it was stolen, and
+// the session ends. An access token names its session and is refused when that has ended. Only a
+// password opens a session, so a session that has ended never comes back.
 //
 // A session is bound to a digest of the password hash that it was opened with. A login opens its
-// session while it holds a share lock on the user's row. Whatever replaces the hash ends sessions
-// while it holds the exclusive lock. So a password change leaves no session of the old password.
-// If the hash is changed in another way, by plain SQL perhaps, a session ends at its next refresh.
+// session while it holds a share lock on the user's row. A password change ends sessions while it
+// holds the exclusive lock on that row, so it leaves no session of the old password. If the hash
+// is changed in another way, for example by plain SQL, a session ends at its next refresh.
 //
 // # What is defended against
 //
-//	guessing        bcrypt; limits per account, per address and for both; no common passwords
-//	enumeration     login answers the same, in the same time, for unknown and known emails
+//	guessing        bcrypt; limits per account, per address, and per pair; no common passwords
+//	enumeration     login gives unknown and known emails the same answer in the same time
 //	stolen refresh  rotation and reuse detection; a cookie that is HttpOnly and SameSite
 //	forged tokens   one algorithm, one header, one spelling; the signature is checked first
 //	CSRF            SameSite; Origin and Sec-Fetch-Site are checked
@@ -80,14 +80,14 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
 	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 }
 
-// run carries out a subcommand, by default serve, until it is done or ctx ends.
+// run executes a subcommand, by default serve, until it is done or ctx ends.
 func run(
 	ctx context.Context,
 	args []string,
@@ -121,7 +121,7 @@ func runServe(ctx context.Context, env *environment, stdout io.Writer) error {
 	return serve(ctx, cfg, stdout)
 }
 
-// runMigrations calls do, which is migrate or migrationStatus, and prints the steps it returns.
+// runMigrations calls do, which is migrate or migrationStatus, and prints the steps.
 func runMigrations(
 	ctx context.Context,
 	env *environment,
@@ -172,30 +172,30 @@ func runVersion(stdout io.Writer) error {
 
 const (
 	// readHeaderTimeout, readTimeout, writeTimeout and idleTimeout keep slow clients from holding
-	// connections. A body of 100 KB arrives within 10 s even on a slow line.
+	// connections. Even on a slow line, a body of 100 KB arrives within 10 s.
 	readHeaderTimeout = 5 * time.Second
 	readTimeout       = 10 * time.Second
 	writeTimeout      = 30 * time.Second
 	idleTimeout       = 2 * time.Minute
 
-	// maxHeaderBytes leaves room for two tokens of 4 KB and what browsers add.
+	// maxHeaderBytes leaves room for two tokens of 4 KB and the headers of a browser.
 	maxHeaderBytes = 16 << 10
 )
 
-// doubleThreads doubles GOMAXPROCS, once, and returns how many processors the process may use. Go
-// lets a hashing goroutine keep its thread for 10 ms at a time. With twice as many threads as
-// processors the kernel shares the processors out, and favours threads that have waited.
+// doubleThreads doubles GOMAXPROCS once, and returns how many processors the process can use. Go
+// lets a hashing goroutine keep its thread for 10 ms at a time. If there are twice as many threads
+// as processors, the kernel shares the processors, and prefers threads that have waited.
 var doubleThreads = sync.OnceValue(func() int {
 	n := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(2 * n)
 	return n
 })
 
-// serve migrates, serves until ctx ends, and then drains: /readyz says 503, the listener closes,
-// requests in flight end, and the connections to the stores are closed.
+// serve migrates, serves until ctx ends, and then shuts down: /readyz answers 503, the listener is
+// closed, requests in flight end, and the connections to the stores are closed.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	log := newLogger(cfg, stdout)
-	logging.Disable() // go-redis' own log; what fails a request is logged with the request
+	logging.Disable() // the log of go-redis; if a request fails, its own line has the cause
 	if cfg.randomSecrets {
 		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: " +
 			"random ones are used, and sessions end with this process")
@@ -203,6 +203,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	if _, err := migrate(ctx, cfg.database.ConnConfig, schemaSQL); err != nil {
 		return err
 	}
+	// The pool must outlive ctx, because requests in flight still need it.
 	db, err := pgxpool.NewWithConfig(context.WithoutCancel(ctx), cfg.database)
 	if err != nil {
 		return err
@@ -248,11 +249,11 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	return nil
 }
 
-// newServer returns an HTTP server whose resources are bounded.
+// newServer returns an HTTP server with bounded resources.
 func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:                      h,
-		DisableGeneralOptionsHandler: true, // "OPTIONS *" is answered like everything else
+		DisableGeneralOptionsHandler: true, // so that "OPTIONS *" is answered like anything else
 		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
 		WriteTimeout:                 writeTimeout,
@@ -262,8 +263,8 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// listen opens the listener that a variable asks for and serves on it in the background. If serving
-// ends, the reason is sent to failed.
+// listen opens a listener and serves on it in the background. variable is the name of the variable
+// that addr comes from. If serving ends, listen sends the reason to failed.
 func listen(
 	server *http.Server,
 	variable, addr string,
@@ -279,7 +280,7 @@ func listen(
 	return nil
 }
 
-// newLogger returns a logger that writes JSON lines, or text in development, with times in UTC.
+// newLogger returns a logger that writes JSON, or text in development. Its times are in UTC.
 func newLogger(cfg config, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{
 		Level: cfg.logLevel,
@@ -305,7 +306,7 @@ type app struct {
 	draining *atomic.Bool // set when the process is about to stop
 }
 
-// newApp wires the parts together.
+// newApp connects the parts of the server.
 func newApp(
 	cfg config,
 	log *slog.Logger,
@@ -375,8 +376,8 @@ func routes(a *auth, s *store, draining *atomic.Bool) []route {
 	}
 }
 
-// newMux returns a mux of the routes. A known path with another method is answered 405 with Allow
-// (RFC 9110 section 15.5.6). A request that has a route then passes pass.
+// newMux returns a mux with the routes. pass wraps the handler of each. For every path it also adds
+// a handler that answers other methods with 405 and Allow (RFC 9110 section 15.5.6).
 func newMux(table []route, pass middleware) *http.ServeMux {
 	mux := http.NewServeMux()
 	allowed := map[string][]string{}
@@ -397,7 +398,8 @@ func newMux(table []route, pass middleware) *http.ServeMux {
 	return mux
 }
 
-// refuseUnknown answers a request without a route, which the mux would answer in plain text.
+// refuseUnknown answers requests without a route, which the mux would answer in plain text or with
+// a redirect. It relies on matchRoute.
 func refuseUnknown(next http.Handler) http.Handler {
 	return handle(func(w http.ResponseWriter, r *http.Request) error {
 		if r.Pattern == "" {
@@ -408,19 +410,19 @@ func refuseUnknown(next http.Handler) http.Handler {
 	})
 }
 
-// healthAnswer says how the server is and, in answers of /readyz, how each store is.
+// healthAnswer is the answer of /healthz and, with the stores, of /readyz.
 type healthAnswer struct {
 	Status   string `json:"status"`
 	Postgres string `json:"postgres,omitempty"`
 	Redis    string `json:"redis,omitempty"`
 }
 
-// healthz answers while the process serves.
+// healthz answers as long as the process serves.
 func healthz(w http.ResponseWriter, _ *http.Request) error {
 	return writeJSON(w, http.StatusOK, healthAnswer{Status: "ok"})
 }
 
-// readyz answers 200 while both stores answer and the process does not mean to stop.
+// readyz answers 200 as long as both stores answer and the process is not shutting down.
 func readyz(s *store, draining *atomic.Bool) handlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		postgresErr := s.postgresReady(r.Context())
@@ -433,7 +435,11 @@ func readyz(s *store, draining *atomic.Bool) handlerFunc {
 		if postgresErr == nil && redisErr == nil && !draining.Load() {
 			return writeJSON(w, http.StatusOK, answer)
 		}
-		infoOf(r).err = fmt.Errorf("%w: %v", errUnavailable, errors.Join(postgresErr, redisErr))
+		cause := errors.Join(postgresErr, redisErr)
+		if cause == nil {
+			cause = errors.New("shutting down")
+		}
+		infoOf(r).err = fmt.Errorf("%w: %v", errUnavailable, cause)
 		answer.Status = "unavailable"
 		w.Header().Set("Retry-After", "1")
 		return writeJSON(w, http.StatusServiceUnavailable, answer)
@@ -447,7 +453,7 @@ func availability(err error) string {
 	return "ok"
 }
 
-// readSamples reads the metrics that are not counted but looked up.
+// readSamples reads the metrics that are not counted.
 func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sample {
 	postgres := db.Stat()
 	connections := rdb.PoolStats()
@@ -531,8 +537,8 @@ type config struct {
 	shutdownTimeout time.Duration
 }
 
-// environment reads variables and collects their faults, so that all are reported at once. A fault
-// names its variable and never shows its value.
+// environment reads variables and collects their faults, so that all of them are reported at once.
+// A fault names its variable and never shows its value.
 type environment struct {
 	getenv      func(name string) string
 	development bool
@@ -546,7 +552,7 @@ func newEnvironment(getenv func(name string) string) *environment {
 	}
 }
 
-// err returns all faults, one on each line.
+// err returns all faults, one per line.
 func (e *environment) err() error {
 	return errors.Join(e.faults...)
 }
@@ -567,7 +573,7 @@ func (e *environment) required(name, developmentValue string) string {
 	return value
 }
 
-// oneOf returns a variable that is one of some words. The first word is the default.
+// oneOf returns a variable that must be one of these words. The first word is the default.
 func (e *environment) oneOf(name string, words ...string) string {
 	word := cmp.Or(e.getenv(name), words[0])
 	if !slices.Contains(words, word) {
@@ -576,8 +582,8 @@ func (e *environment) oneOf(name string, words ...string) string {
 	return word
 }
 
-// integer reads a value that is a whole number from low to high. An empty value is not reported
-// here: required has reported it.
+// integer reads a value that must be a whole number from low to high. It does not report an empty
+// value, because required has already done so.
 func (e *environment) integer(name, value string, low, high int) int {
 	if value == "" {
 		return 0
@@ -589,12 +595,12 @@ func (e *environment) integer(name, value string, low, high int) int {
 	return n
 }
 
-// count returns a variable that is a whole number of at least low.
+// count returns a variable that must be a whole number of at least low.
 func (e *environment) count(name, defaultValue string, low int) int {
 	return e.integer(name, cmp.Or(e.getenv(name), defaultValue), low, math.MaxInt32)
 }
 
-// duration returns a variable that is a Go duration of at least low, in whole steps.
+// duration returns a variable that must be a Go duration of at least low, and a multiple of step.
 func (e *environment) duration(name, defaultValue string, low, step time.Duration) time.Duration {
 	d, err := time.ParseDuration(cmp.Or(e.getenv(name), defaultValue))
 	if err != nil || d < low || d%step != 0 {
@@ -604,7 +610,8 @@ func (e *environment) duration(name, defaultValue string, low, step time.Duratio
 	return d
 }
 
-// lifetime returns a variable that is a duration in whole seconds, as tokens and Redis keep it.
+// lifetime returns a variable that must be a duration in whole seconds, the unit of tokens and of
+// Redis.
 func (e *environment) lifetime(name, defaultValue string) time.Duration {
 	return e.duration(name, defaultValue, time.Second, time.Second)
 }
@@ -634,9 +641,10 @@ func (e *environment) config() config {
 		bcryptCost:      e.bcryptCost(),
 		metricsAddr:     e.metricsAddr(),
 		logLevel:        e.logLevel(),
+		randomSecrets:   e.getenv("JWT_SECRET") == "" || e.getenv("JWT_REFRESH_SECRET") == "",
 		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
 	}
-	e.secrets(&cfg)
+	cfg.access, cfg.refresh = e.secrets()
 	return cfg
 }
 
@@ -664,23 +672,23 @@ func (e *environment) database() *pgxpool.Config {
 	maps.DeleteFunc(params, func(name, _ string) bool {
 		return strings.EqualFold(name, "timezone")
 	})
-	params["timezone"] = "UTC" // the times without a zone of an adopted table are in UTC
+	params["timezone"] = "UTC" // an adopted table may have times without a zone, which are in UTC
 	params["client_encoding"] = "UTF8"
 	return cfg
 }
 
-// isStoreURL reports whether a URL has one of the schemes, and at most one @, which stands before
-// its host. Any other @ is part of a password that should be escaped. Without this check the rest
-// of that password would be taken for a host or a database, and be shown in errors.
+// isStoreURL reports whether a URL has one of the schemes, and no @ except one before its host. Any
+// other @ belongs to a password that should be escaped. Without this check, a part of that password
+// would be taken for a host or a database name, and would appear in errors.
 func isStoreURL(value string, schemes ...string) bool {
 	scheme, rest, _ := strings.Cut(value, "://")
 	userinfo := rest[:max(0, strings.LastIndexByte(rest, '@'))]
 	return slices.Contains(schemes, scheme) && !strings.ContainsAny(userinfo, "@/?#")
 }
 
-// redis reads REDIS_URL. The client sends nothing a second time: what counts or rotates may have
-// been carried out although its answer was lost. For a slot of a cluster that has moved, this means
-// an error until the client has the new map.
+// redis reads REDIS_URL. The client never sends a command twice, because a command that counts or
+// rotates may have been executed although its answer was lost. If a slot of a cluster has moved,
+// commands that need it therefore fail until the client has loaded the new map.
 func (e *environment) redis() *redis.UniversalOptions {
 	options := &redis.UniversalOptions{
 		MaxRetries:       -1, // none
@@ -689,9 +697,9 @@ func (e *environment) redis() *redis.UniversalOptions {
 		DialTimeout:      redisTimeout,
 		ReadTimeout:      redisTimeout,
 		WriteTimeout:     redisTimeout,
-		PoolSize:         100,              // few requests wait for a connection
-		PoolTimeout:      redisTimeout / 4, // and those not for long
-		PipelinePoolSize: -1,               // no second pool to wait for when Redis is silent
+		PoolSize:         100,              // so that few requests wait for a connection
+		PoolTimeout:      redisTimeout / 4, // and they do not wait long
+		PipelinePoolSize: -1,               // no second pool, which would be waited for as well
 		MaintNotificationsConfig: &maintnotifications.Config{
 			Mode: maintnotifications.ModeDisabled,
 		},
@@ -724,11 +732,11 @@ func (e *environment) redis() *redis.UniversalOptions {
 }
 
 var (
-	// originForm is an origin as browsers write it, in lower case (RFC 6454 section 6.2).
+	// originForm matches an origin in the way browsers write it (RFC 6454 section 6.2).
 	originForm = regexp.MustCompile(`^https?://` +
 		`(\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*)(:[1-9][0-9]{0,4})?$`)
 
-	// defaultPort is the port that browsers leave out.
+	// defaultPort matches an origin with a port that browsers leave out.
 	defaultPort = regexp.MustCompile(`^(http://.*):80$|^(https://.*):443$`)
 )
 
@@ -780,7 +788,7 @@ func (e *environment) trustedProxies() []netip.Prefix {
 	return prefixes
 }
 
-// bcryptCost reads BCRYPT_COST. Only development may have hashes that are cheap to try.
+// bcryptCost reads BCRYPT_COST. Only in development may hashes be cheap.
 func (e *environment) bcryptCost() int {
 	lowest := 12
 	if e.development {
@@ -800,57 +808,38 @@ func (e *environment) metricsAddr() string {
 func (e *environment) logLevel() slog.Level {
 	var level slog.Level
 	word := e.oneOf("LOG_LEVEL", "info", "debug", "warn", "error")
-	_ = level.UnmarshalText([]byte(word)) // oneOf has noted a fault
+	_ = level.UnmarshalText([]byte(word)) // oneOf has reported a fault
 	return level
 }
 
-// secrets reads the secrets. All of them differ, or a token of one kind would pass for the other.
-func (e *environment) secrets(cfg *config) {
+// secrets reads the secrets for access and refresh tokens. In development the current ones have
+// random defaults. All must differ, or a token of one kind would be accepted as the other.
+func (e *environment) secrets() (access, refresh keys) {
 	const (
-		access          = "JWT_SECRET"
-		refresh         = "JWT_REFRESH_SECRET"
-		accessPrevious  = "JWT_SECRET_PREVIOUS"
-		refreshPrevious = "JWT_REFRESH_SECRET_PREVIOUS"
+		current         = "JWT_SECRET"
+		currentRefresh  = "JWT_REFRESH_SECRET"
+		previous        = "JWT_SECRET_PREVIOUS"
+		previousRefresh = "JWT_REFRESH_SECRET_PREVIOUS"
 	)
-	cfg.access = keys{
-		current:  e.secret(access),
-		previous: e.previousSecret(accessPrevious, access, refresh),
-	}
-	cfg.refresh = keys{
-		current:  e.secret(refresh, access),
-		previous: e.previousSecret(refreshPrevious, access, refresh, accessPrevious),
-	}
-	cfg.randomSecrets = e.getenv(access) == "" || e.getenv(refresh) == ""
+	access.current = e.secret(current, e.required(current, randomSecret()))
+	refresh.current = e.secret(currentRefresh, e.required(currentRefresh, randomSecret()), current)
+	access.previous = e.secret(previous, e.getenv(previous), current, currentRefresh)
+	refresh.previous = e.secret(previousRefresh, e.getenv(previousRefresh),
+		current, currentRefresh, previous)
+	return access, refresh
 }
 
-// secret returns a secret that differs from those of the variables named by others. In development
-// it is a random one if none is given.
-func (e *environment) secret(name string, others ...string) []byte {
-	value := e.getenv(name)
-	if value == "" && e.development {
-		return []byte(rand.Text() + rand.Text())
-	}
-	if value == "" {
-		e.fault(name, "is required")
-		return nil
-	}
-	e.checkSecret(name, value, others)
-	return []byte(value)
+func randomSecret() string {
+	return rand.Text() + rand.Text()
 }
 
-// previousSecret returns a secret that may be missing.
-func (e *environment) previousSecret(name string, others ...string) []byte {
-	value := e.getenv(name)
-	if value != "" {
-		e.checkSecret(name, value, others)
-	}
-	return []byte(value)
-}
-
-func (e *environment) checkSecret(name, value string, others []string) {
-	const minCharacters = 32 // as many bytes as HMAC-SHA-256 needs (RFC 7518 section 3.2)
+// secret checks the value of a secret, which may be empty. It must differ from the variables that
+// others names.
+func (e *environment) secret(name, value string, others ...string) []byte {
+	const minCharacters = 32 // HMAC-SHA-256 needs as many bytes (RFC 7518 section 3.2)
 	isTaken := func(other string) bool { return e.getenv(other) == value }
 	switch {
+	case value == "":
 	case utf8.RuneCountInString(value) < minCharacters:
 		e.fault(name, "must be at least %d characters", minCharacters)
 	case strings.TrimSpace(value) != value:
@@ -858,4 +847,5 @@ func (e *environment) checkSecret(name, value string, others []string) {
 	case slices.ContainsFunc(others, isTaken):
 		e.fault(name, "must differ from the other secrets")
 	}
+	return []byte(value)
 }

@@ -1,7 +1,7 @@
 package main
 
-// middleware.go holds what every request passes on its way to a handler. Errors become responses
-// here and nowhere else, and requests are counted here.
+// middleware.go has the steps that every request passes on its way to a handler. Errors become
+// responses here and nowhere else. The metrics are here too.
 
 import (
 	"bytes"
@@ -45,7 +45,7 @@ var (
 	errOverloaded           = errors.New("no hashing slot came free in time")
 )
 
-// errorResponse is what an error is answered with.
+// errorResponse is the response to an error.
 type errorResponse struct {
 	err     error
 	status  int
@@ -53,8 +53,8 @@ type errorResponse struct {
 	message string
 }
 
-// errorResponses lists every answer that is an error. The first one whose err an error wraps is its
-// answer. An error that is not listed is answered as errInternal.
+// errorResponses lists the response to every error. responseTo picks the first row whose err
+// matches. An error without a row is answered like errInternal.
 var errorResponses = []errorResponse{
 	{errInvalidJSON, 400, "invalid_json", "Request body is not a valid JSON object"},
 	{errValidation, 400, "validation_failed", "Validation failed"},
@@ -80,7 +80,7 @@ var errorResponses = []errorResponse{
 	{errOverloaded, 503, "overloaded", "Server is busy"},
 }
 
-// responseTo returns the answer to err.
+// responseTo returns the response to err.
 func responseTo(err error) errorResponse {
 	for _, response := range errorResponses {
 		if errors.Is(err, response.err) {
@@ -90,13 +90,13 @@ func responseTo(err error) errorResponse {
 	return responseTo(errInternal)
 }
 
-// validationError maps each field that is not acceptable to what is wrong with it.
+// validationError is an errValidation that maps the names of fields to their faults.
 type validationError map[string]string
 
 func (e validationError) Error() string { return errValidation.Error() }
 func (e validationError) Unwrap() error { return errValidation }
 
-// limitError is errRateLimited or errTooManyAttempts with the time to wait.
+// limitError is an errRateLimited or errTooManyAttempts that says how long to wait.
 type limitError struct {
 	limit      error
 	retryAfter time.Duration
@@ -115,8 +115,7 @@ type errorAnswer struct {
 	Details    map[string]string `json:"details,omitempty"`
 }
 
-// writeError answers err and notes it for the log. The caller learns what the contract says and
-// nothing else.
+// writeError answers err and notes it for the log. The client learns the code and nothing else.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	info := infoOf(r)
 	info.err = err
@@ -126,23 +125,23 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", challenge(info, err))
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", seconds(retryAfter(err)))
+		w.Header().Set("Retry-After", wholeSeconds(retryAfter(err)))
 	}
+	var validation validationError
+	_ = errors.As(err, &validation)
 	answer := errorAnswer{
 		Error:      response.message,
 		StatusCode: response.status,
 		RequestID:  info.id,
 		Timestamp:  time.Now().UTC().Format(time.RFC3339),
 		Code:       response.code,
-	}
-	var validation validationError
-	if errors.As(err, &validation) {
-		answer.Details = validation
+		Details:    validation,
 	}
 	_ = writeJSON(w, response.status, answer)
 }
 
-// challenge returns the WWW-Authenticate header of a 401 (RFC 6750 section 3).
+// challenge returns the WWW-Authenticate header of a 401 (RFC 6750 section 3). If the password was
+// wrong, there is nothing wrong with the token.
 func challenge(info *requestInfo, err error) string {
 	if info.bearer && !errors.Is(err, errInvalidCredentials) {
 		return `Bearer error="invalid_token"`
@@ -150,7 +149,7 @@ func challenge(info *requestInfo, err error) string {
 	return "Bearer"
 }
 
-// retryAfter returns how long a caller should wait after err. An outage asks for one second.
+// retryAfter returns how long a client should wait after err. After an outage it is one second.
 func retryAfter(err error) time.Duration {
 	var limited *limitError
 	if errors.As(err, &limited) {
@@ -159,14 +158,12 @@ func retryAfter(err error) time.Duration {
 	return time.Second
 }
 
-// seconds rounds up to whole seconds, at least one, so a client that waits this long is not refused
-// again.
-func seconds(d time.Duration) string {
+// wholeSeconds rounds up, so that a client that waits this long is not refused again.
+func wholeSeconds(d time.Duration) string {
 	return strconv.Itoa(max(1, int(math.Ceil(d.Seconds()))))
 }
 
-// writeJSON sends an answer. It encodes the answer before it writes anything, so what is sent is
-// either whole or an error.
+// writeJSON sends an answer. It encodes the whole answer before it sends anything.
 func writeJSON(w http.ResponseWriter, status int, answer any) error {
 	encoded, err := json.Marshal(answer)
 	if err != nil {
@@ -174,12 +171,12 @@ func writeJSON(w http.ResponseWriter, status int, answer any) error {
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
-	_, _ = w.Write(append(encoded, '\n')) // a client that has hung up is no error of ours
+	_, _ = w.Write(append(encoded, '\n')) // it is not our error if the client has hung up
 	return nil
 }
 
-// timestamp is a time that is written as JavaScript writes a Date: RFC 3339 in UTC, to the
-// millisecond.
+// timestamp is a time that is encoded as JavaScript encodes a Date: RFC 3339 in UTC, with
+// milliseconds.
 type timestamp time.Time
 
 func (t timestamp) MarshalText() ([]byte, error) {
@@ -188,10 +185,10 @@ func (t timestamp) MarshalText() ([]byte, error) {
 
 // Requests
 
-// handlerFunc is an http.HandlerFunc that returns its error instead of writing it.
+// handlerFunc is like http.HandlerFunc, but returns its error instead of writing it.
 type handlerFunc func(w http.ResponseWriter, r *http.Request) error
 
-// handle writes the error that h returns.
+// handle calls h and writes the error that h returns.
 func handle(h handlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := h(w, r); err != nil {
@@ -200,10 +197,10 @@ func handle(h handlerFunc) http.Handler {
 	})
 }
 
-// middleware wraps a handler in something that a request passes first.
+// middleware wraps a handler in a step that a request passes first.
 type middleware func(http.Handler) http.Handler
 
-// chain returns the middleware that a request passes in the order given.
+// chain combines middleware. A request passes it in the order given.
 func chain(all ...middleware) middleware {
 	return func(h http.Handler) http.Handler {
 		for _, m := range slices.Backward(all) {
@@ -213,19 +210,19 @@ func chain(all ...middleware) middleware {
 	}
 }
 
-// requestInfo is what middleware and handlers note of a request, for each other and for the log.
+// requestInfo is what middleware and handlers note about a request, for each other and for the log.
 type requestInfo struct {
 	id        string
 	ip        netip.Addr
-	userID    string // the user of the shown token, or whose login was tried
+	userID    string // the user of the token, or the account that a login names
 	sessionID string
-	bearer    bool  // a Bearer token was shown
-	err       error // what was answered, if it was an error
+	bearer    bool  // whether there is a Bearer token
+	err       error // the error that was answered, if any
 }
 
 type requestInfoKey struct{}
 
-// infoOf returns the notes that observe has put into the context of r.
+// infoOf returns the requestInfo that observe has put into the context of r.
 func infoOf(r *http.Request) *requestInfo {
 	return r.Context().Value(requestInfoKey{}).(*requestInfo)
 }
@@ -241,7 +238,7 @@ func newUUID() string {
 
 var uuidForm = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`)
 
-// requestID returns the caller's X-Request-Id if it is a UUID in its usual form, else a fresh one.
+// requestID returns the client's X-Request-Id if that is a UUID in its usual form, else a new one.
 func requestID(r *http.Request) string {
 	id := r.Header.Get("X-Request-Id")
 	if uuidForm.MatchString(id) {
@@ -250,9 +247,9 @@ func requestID(r *http.Request) string {
 	return newUUID()
 }
 
-// clientIP returns the address of the client behind peer ("ip:port"). X-Forwarded-For counts only
-// from a trusted peer. It is read from the right, since each trusted hop vouches for the one before
-// it. What stands left of an untrusted or unreadable hop may be invented.
+// clientIP returns the client's address. That is the address of peer ("ip:port"), unless peer is
+// trusted. Each trusted hop vouches for the one that it has appended to X-Forwarded-For, so the
+// header is read from the right. Anything left of an untrusted or unreadable hop may be invented.
 func clientIP(peer string, forwarded []string, trusted []netip.Prefix) netip.Addr {
 	addrPort, _ := netip.ParseAddrPort(peer)
 	ip := addrPort.Addr().Unmap().WithZone("")
@@ -274,7 +271,7 @@ func containsAddr(prefixes []netip.Prefix, ip netip.Addr) bool {
 	})
 }
 
-// statusRecorder remembers the status that is written through it.
+// statusRecorder remembers the status of a response.
 type statusRecorder struct {
 	http.ResponseWriter
 	status int
@@ -285,9 +282,9 @@ func (rec *statusRecorder) WriteHeader(status int) {
 	rec.ResponseWriter.WriteHeader(status)
 }
 
-// observe gives a request its id and its client IP, sets the headers of every answer, answers a
-// panic as an error, and logs and counts the request when it is done. From here on a client that
-// hangs up cancels nothing: what has begun is carried to its end, in bounded time.
+// observe finds a request's id and client IP, sets the headers that every answer has, turns a panic
+// into an error, and finally logs and counts the request. From here on nothing is canceled if the
+// client hangs up: the server finishes what it has begun, in bounded time.
 func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) middleware {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -316,7 +313,7 @@ func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) middleware {
 	}
 }
 
-// logRequest writes the one line that the log has for each request.
+// logRequest writes the request's line in the log.
 func logRequest(log *slog.Logger, r *http.Request, status int, took time.Duration) {
 	info := infoOf(r)
 	attrs := []slog.Attr{
@@ -348,14 +345,15 @@ func logRequest(log *slog.Logger, r *http.Request, status int, took time.Duratio
 	log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-// cut shortens what a client has chosen, so that it cannot fill the log with one request.
+// cut shortens a text that the client has chosen, so that one request cannot fill the log.
 func cut(text string) string {
 	const maxLogged = 256
-	return text[:min(len(text), maxLogged)]
+	return strings.ToValidUTF8(text[:min(len(text), maxLogged)], "")
 }
 
-// matchRoute notes the route of a request, for the log and the metrics of requests that are refused
-// before they reach the mux. A path that the mux would redirect has no route.
+// matchRoute sets r.Pattern before the request reaches the mux, so that the log and the metrics
+// name the route of requests that are refused on the way. A path that the mux would redirect has no
+// route. No later step may copy the request, because observe reads the pattern in the end.
 func matchRoute(mux *http.ServeMux) middleware {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -367,8 +365,8 @@ func matchRoute(mux *http.ServeMux) middleware {
 	}
 }
 
-// cors lets scripts of the listed origins read answers (Fetch standard, "CORS protocol"), and
-// answers preflights.
+// cors lets scripts of the listed origins read the answers, and answers preflights ("CORS protocol"
+// in the Fetch standard).
 func cors(origins []string) middleware {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -396,15 +394,15 @@ func cors(origins []string) middleware {
 	}
 }
 
-// isPreflight reports whether a browser asks for permission before the request proper.
+// isPreflight reports whether a browser asks for permission before it sends the real request.
 func isPreflight(r *http.Request) bool {
 	return r.Method == http.MethodOptions &&
 		r.Header.Get("Origin") != "" &&
 		r.Header.Get("Access-Control-Request-Method") != ""
 }
 
-// rateLimit counts every request but those of the health routes. The headers are those of
-// draft-ietf-httpapi-ratelimit-headers.
+// rateLimit counts requests, except those of the health routes, and refuses those over the limit.
+// Its headers are those of draft-ietf-httpapi-ratelimit-headers.
 func rateLimit(l *requestLimiter, m *metrics) middleware {
 	return func(next http.Handler) http.Handler {
 		return handle(func(w http.ResponseWriter, r *http.Request) error {
@@ -419,7 +417,7 @@ func rateLimit(l *requestLimiter, m *metrics) middleware {
 			}
 			h := w.Header()
 			h.Set("RateLimit-Policy", fmt.Sprintf(`"ip";q=%d;w=%d`, l.max, l.window.seconds))
-			h.Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), seconds(reset)))
+			h.Set("RateLimit", fmt.Sprintf(`"ip";r=%d;t=%s`, max(0, left), wholeSeconds(reset)))
 			if left < 0 {
 				m.rateLimited.Add(1)
 				return &limitError{errRateLimited, reset}
@@ -430,13 +428,13 @@ func rateLimit(l *requestLimiter, m *metrics) middleware {
 	}
 }
 
-// refuseCrossOrigin keeps the pages of other sites from acting with a user's cookie. The check of
-// the standard library trusts Sec-Fetch-Site if there is one. Here an Origin must also be listed or
+// refuseCrossOrigin keeps pages of other sites from acting with a user's cookie. The check in the
+// standard library trusts Sec-Fetch-Site if there is one. Here the Origin must also be listed, or
 // be the server's own.
 func refuseCrossOrigin(origins []string) middleware {
 	protection := http.NewCrossOriginProtection()
 	for _, origin := range origins {
-		_ = protection.AddTrustedOrigin(origin) // an origin that it does not take is not trusted
+		_ = protection.AddTrustedOrigin(origin) // an origin that it rejects is not trusted
 	}
 	return func(next http.Handler) http.Handler {
 		return handle(func(w http.ResponseWriter, r *http.Request) error {
@@ -460,15 +458,15 @@ func isForeign(r *http.Request, origins []string) bool {
 	return err != nil || u.Host == "" || u.Host != r.Host
 }
 
-// isCanonical reports whether the path is written in the one way that has a route: without a double
-// slash, a dot segment, or an escape that is not needed.
+// isCanonical reports whether a path is written in the only way that can have a route: without
+// double slashes, a trailing slash, dot segments, or escapes.
 func isCanonical(u *url.URL) bool {
 	return u.Path == path.Clean("/"+u.Path) && u.Path == u.EscapedPath()
 }
 
 // Metrics
 
-// refreshOutcome is what became of a refresh.
+// refreshOutcome is the outcome of a refresh.
 type refreshOutcome string
 
 const (
@@ -496,21 +494,21 @@ var durationBuckets = [...]float64{
 	.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, math.Inf(1),
 }
 
-// histogram counts durations. buckets[i] counts those that are at most durationBuckets[i] but above
-// the bound before it.
+// histogram counts durations. buckets[i] counts those up to durationBuckets[i] that are above the
+// bound before it.
 type histogram struct {
 	buckets [len(durationBuckets)]uint64
 	sum     float64 // in seconds
 }
 
-// sample is the present value of a series.
+// sample is the current value of a series.
 type sample struct {
-	series string // a counter if its name ends in _total, else a gauge; labels included
-	help   string // only of the first series of a name
+	series string // with its labels; it is a counter if its name ends in _total, else a gauge
+	help   string // only for the first series of a metric
 	value  float64
 }
 
-// metrics counts in memory and writes the Prometheus text format when it is scraped.
+// metrics counts in memory, and writes the Prometheus text format only when it is scraped.
 type metrics struct {
 	readSamples  func() []sample
 	rateLimited  atomic.Uint64
@@ -522,7 +520,7 @@ type metrics struct {
 	refreshes map[refreshOutcome]uint64
 }
 
-// newMetrics returns metrics that have counted nothing. readSamples is called at every scrape.
+// newMetrics returns metrics that start at zero. readSamples is called at every scrape.
 func newMetrics(readSamples func() []sample) *metrics {
 	return &metrics{
 		readSamples: readSamples,
@@ -532,7 +530,7 @@ func newMetrics(readSamples func() []sample) *metrics {
 	}
 }
 
-// countRequest counts a request that is done. Clients can make up methods, but no series of them.
+// countRequest counts a request. A client can invent methods, so all unknown ones share one series.
 func (m *metrics) countRequest(method, route string, status int, took time.Duration) {
 	if !slices.Contains([]string{"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}, method) {
 		method = "other"
@@ -572,7 +570,7 @@ func (m *metrics) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 	_, _ = w.Write(b.Bytes())
 }
 
-// writeFamily writes the lines that precede the series of a metric.
+// writeFamily writes the two lines before the series of a metric.
 func writeFamily(b *bytes.Buffer, name, kind, help string) {
 	fmt.Fprintf(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 }
@@ -615,7 +613,7 @@ func (m *metrics) writeCounters(b *bytes.Buffer) {
 	fmt.Fprintf(b, "latchkey_login_limited_total %d\n", m.loginLimited.Load())
 }
 
-// writeSamples writes what is read only now.
+// writeSamples writes the metrics that are read at scrape time.
 func (m *metrics) writeSamples(b *bytes.Buffer) {
 	for _, s := range m.readSamples() {
 		name, _, _ := strings.Cut(s.series, "{")

@@ -97,7 +97,7 @@ func TestErrorResponses(t *testing.T) {
 // TestRetryAfter holds that a client that waits as long as it is told is not refused again.
 func TestRetryAfter(t *testing.T) {
 	for wait, want := range map[time.Duration]string{0: "1", 1e9: "1", 1e9 + 1: "2"} {
-		if got := seconds(wait); got != want {
+		if got := wholeSeconds(wait); got != want {
 			t.Errorf("seconds(%v) = %s, want %s", wait, got, want)
 		}
 	}

@@ -1,7 +1,8 @@
 package main
 
-// ratelimit.go holds the limits, which are counters in Redis. Each is checked and counted up in one
-// run of ratelimit.lua, so it is exact for any number of simultaneous requests and replicas.
+// ratelimit.go has the limits, which are counters in Redis. ratelimit.lua compares a counter with
+// its maximum and increments it in one step. So the limits are exact for any number of simultaneous
+// requests and replicas.
 
 import (
 	"context"
@@ -21,122 +22,133 @@ var rateLimitLua string
 var rateLimitScript = redis.NewScript("#!lua flags=allow-oom\n" + rateLimitLua)
 
 const (
-	// An IPv6 host has a network of 2^64 addresses to choose from, so it counts as that network.
+	// hostPrefixIPv6 is the network that an IPv6 address counts as. A single host can choose from
+	// 2^64 addresses in it.
 	hostPrefixIPv6 = 64
 
-	// A home line usually has a network of this size. Counting single hosts there would let one
-	// person have 256 limits, enough to lock somebody else's account.
+	// homePrefixIPv6 is the larger network that an address counts as when it guesses the password
+	// of one account. A home line usually gets this much, which is 256 networks of hosts: enough
+	// of them to lock the account for its owner.
 	homePrefixIPv6 = 56
 
-	// accountFactor times the limit is what all addresses together may fail on one account, and
-	// what one address may fail on all accounts together.
-	accountFactor = 10
+	// wideFactor times the limit for one account and one address is the limit for one account and
+	// all addresses, and also the limit for one address and all accounts.
+	wideFactor = 10
 )
 
-// counter names a counter in Redis. events is the most that it may count in a window when an event
-// is taken, and how many it shall count less when events are given back.
-type counter struct {
+// limit is a counter with the number of events that it allows in a window.
+type limit struct {
+	key string
+	max int
+}
+
+// refund is a counter with a number of events to take off it.
+type refund struct {
 	key    string
 	events int
 }
 
-// fixedWindow counts events in windows of so many seconds. The first event opens a window.
+// fixedWindow counts events in windows of a fixed length. The first event opens a window.
 type fixedWindow struct {
 	rdb     redis.Scripter
 	seconds int
 }
 
-// take counts one event on each counter, or on none of them if one has reached its maximum. It
-// returns how many more events are allowed, -1 if not even this one was, and the time until the
-// window ends.
-func (w fixedWindow) take(ctx context.Context, all ...counter) (int, time.Duration, error) {
-	reply, err := w.run(ctx, "take", all).Int64Slice()
+// take counts one event on each of the limits. If one of them is exhausted, it counts on none and
+// returns -1. Otherwise it returns how many more events are allowed. It also returns the time until
+// the window ends. The keys must lie in one slot of a Redis Cluster.
+func (w fixedWindow) take(ctx context.Context, limits ...limit) (int, time.Duration, error) {
+	names := make([]string, len(limits))
+	args := []any{"take", w.seconds}
+	for i, l := range limits {
+		names[i] = l.key
+		args = append(args, l.max)
+	}
+	reply, err := rateLimitScript.Run(ctx, w.rdb, names, args...).Int64Slice()
 	if err != nil {
 		return 0, 0, err
 	}
 	return int(reply[0]), time.Duration(reply[1]) * time.Millisecond, nil
 }
 
-// giveBack takes events off each counter.
-func (w fixedWindow) giveBack(ctx context.Context, all ...counter) error {
-	return w.run(ctx, "give_back", all).Err()
-}
-
-// run runs a command of ratelimit.lua. The counters must lie in one slot of a cluster.
-func (w fixedWindow) run(ctx context.Context, command string, all []counter) *redis.Cmd {
-	names := make([]string, len(all))
-	args := []any{command, w.seconds}
-	for i, one := range all {
-		names[i] = one.key
-		args = append(args, one.events)
+// giveBack takes events off counters. The keys must lie in one slot of a Redis Cluster.
+func (w fixedWindow) giveBack(ctx context.Context, refunds ...refund) error {
+	names := make([]string, len(refunds))
+	args := []any{"give_back", w.seconds}
+	for i, f := range refunds {
+		names[i] = f.key
+		args = append(args, f.events)
 	}
-	return rateLimitScript.Run(ctx, w.rdb, names, args...)
+	return rateLimitScript.Run(ctx, w.rdb, names, args...).Err()
 }
 
-// requestLimiter limits the requests of a client. A max of 0 means no limit.
+// requestLimiter limits the requests of a client. If max is 0 there is no limit, and take must not
+// be called.
 type requestLimiter struct {
 	window fixedWindow
 	max    int
 }
 
-// take counts a request from ip. It returns how many more are allowed, -1 if this one was not, and
-// the time until the window ends.
+// take counts a request from ip. It returns how many more are allowed, or -1 if this one is not,
+// and the time until the window ends.
 func (l *requestLimiter) take(ctx context.Context, ip netip.Addr) (int, time.Duration, error) {
 	key := "rate-limit:{" + network(ip, hostPrefixIPv6) + "}"
-	return l.window.take(ctx, counter{key, l.max})
+	return l.window.take(ctx, limit{key, l.max})
 }
 
-// loginLimiter limits failed logins: on one account from one address, on one account from all
-// addresses, and on all accounts from one address. A max of 0 means no limit.
+// loginLimiter limits failed logins with three counters: one account from one address, one account
+// from all addresses, and all accounts from one address. If max is 0 there is no limit.
 type loginLimiter struct {
 	window fixedWindow
 	max    int
 }
 
-// take counts an attempt to log in to the account of email, whether or not there is one. It is
-// called before the password is looked at, so that simultaneous attempts cannot slip past. It
-// returns how long to wait if this attempt is one too many, in which case it counts nowhere.
+// take counts an attempt to log in to the account of email, whether or not the account exists. It
+// must be called before the password is checked, so that simultaneous attempts cannot exceed the
+// limit. It reports whether the attempt is allowed and, if not, how long to wait. An attempt that
+// is not allowed counts on none of the counters.
 func (l *loginLimiter) take(
 	ctx context.Context,
 	email string,
 	ip netip.Addr,
-) (time.Duration, error) {
+) (bool, time.Duration, error) {
 	if l.max == 0 {
-		return 0, nil
+		return true, 0, nil
 	}
 	left, wait, err := l.window.take(ctx,
-		counter{pairKey(email, ip), l.max},
-		counter{accountKey(email), accountFactor * l.max})
+		limit{pairKey(email, ip), l.max},
+		limit{accountKey(email), wideFactor * l.max})
 	if err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	if left < 0 {
-		return wait, nil
+		return false, wait, nil
 	}
 
-	// The counter of the address lies in another slot. It comes second, so that attempts on a pair
-	// that is exhausted never touch it: others behind the address would be refused meanwhile.
-	left, wait, err = l.window.take(ctx, counter{addressKey(ip), accountFactor * l.max})
+	// The counter of the address lies in another slot. It comes second, so that attempts on an
+	// exhausted pair never touch it: other users of the address would be refused meanwhile.
+	left, wait, err = l.window.take(ctx, limit{addressKey(ip), wideFactor * l.max})
 	if err == nil && left >= 0 {
-		return 0, nil
+		return true, 0, nil
 	}
-	return wait, errors.Join(err, l.window.giveBack(ctx,
-		counter{pairKey(email, ip), 1},
-		counter{accountKey(email), 1}))
+	giveBackErr := l.window.giveBack(ctx,
+		refund{pairKey(email, ip), 1},
+		refund{accountKey(email), 1})
+	return false, wait, errors.Join(err, giveBackErr)
 }
 
-// giveBack takes back an attempt that was not judged.
+// giveBack takes back an attempt whose password could not be judged.
 func (l *loginLimiter) giveBack(ctx context.Context, email string, ip netip.Addr) error {
 	return l.refund(ctx, email, ip, 1)
 }
 
-// succeeded takes back an attempt with the right password, and with it all failures on the account
-// from this address.
-func (l *loginLimiter) succeeded(ctx context.Context, email string, ip netip.Addr) error {
+// forgive takes back an attempt whose password was right, and also forgets all failures on the
+// account from this address.
+func (l *loginLimiter) forgive(ctx context.Context, email string, ip netip.Addr) error {
 	return l.refund(ctx, email, ip, l.max)
 }
 
-// refund takes so many events off the counter of the account and the address, and one off each of
+// refund takes pairEvents off the counter of the account and the address, and one event off each of
 // the other two.
 func (l *loginLimiter) refund(
 	ctx context.Context,
@@ -147,32 +159,32 @@ func (l *loginLimiter) refund(
 	if l.max == 0 {
 		return nil
 	}
-	account := l.window.giveBack(ctx,
-		counter{pairKey(email, ip), pairEvents},
-		counter{accountKey(email), 1})
-	address := l.window.giveBack(ctx, counter{addressKey(ip), 1})
-	return errors.Join(account, address)
+	accountErr := l.window.giveBack(ctx,
+		refund{pairKey(email, ip), pairEvents},
+		refund{accountKey(email), 1})
+	addressErr := l.window.giveBack(ctx, refund{addressKey(ip), 1})
+	return errors.Join(accountErr, addressErr)
 }
 
-// accountKey names the counter of failures on an account. It holds a hash of the email, so that no
-// address of a user enters Redis.
+// accountKey names the counter of an account. It contains a hash of the email, so that Redis holds
+// no email address.
 func accountKey(email string) string {
 	sum := sha256.Sum256([]byte(email))
 	return "login-limit:{" + hex.EncodeToString(sum[:16]) + "}"
 }
 
-// pairKey names the counter of failures on an account from one address.
+// pairKey names the counter of an account and an address.
 func pairKey(email string, ip netip.Addr) string {
 	return accountKey(email) + ":" + network(ip, homePrefixIPv6)
 }
 
-// addressKey names the counter of failures on all accounts from one address.
+// addressKey names the counter of an address and all accounts.
 func addressKey(ip netip.Addr) string {
 	return "login-limit:{" + network(ip, hostPrefixIPv6) + "}"
 }
 
-// network names who an address counts as: an IPv4 address as itself, an IPv6 address as its network
-// of the given prefix length.
+// network returns what an address counts as: an IPv4 address as itself, an IPv6 address as its
+// network with this prefix length.
 func network(ip netip.Addr, prefixIPv6 int) string {
 	if ip.Is6() {
 		return netip.PrefixFrom(ip, prefixIPv6).Masked().String()

@@ -1,26 +1,27 @@
--- ratelimit.lua counts events in fixed windows. Each command is atomic and costs one round trip.
+-- ratelimit.lua counts events in fixed windows. Each command is atomic and takes one round trip.
 --
--- KEYS are the counters, all in one slot of a Redis Cluster. ARGV[1] names the command, ARGV[2]
--- is the window in seconds. One number for each counter follows.
+-- KEYS are the counters, all in one slot of a Redis Cluster. ARGV[1] is the name of the command,
+-- ARGV[2] is the length of a window in seconds, and then follows one number for each counter.
 --
--- ratelimit.go puts a first line before this text that lets it run while the memory of Redis is
--- full (allow-oom). Otherwise a full Redis would also close the routes that free its memory.
+-- ratelimit.go puts the line "#!lua flags=allow-oom" before this text, so that the script runs
+-- even if the memory of Redis is full. Otherwise nobody could log out to free some of it.
 
 local window_ms = ARGV[2] * 1000
 
--- number returns what ARGV has for the counter KEYS[i].
-local function number(i)
+-- argument returns the number in ARGV that belongs to KEYS[i].
+local function argument(i)
   return tonumber(ARGV[2 + i])
 end
 
--- count returns how many events a counter has counted in its window.
+-- count returns how many events a counter has in its window.
 local function count(key)
   return tonumber(redis.call('GET', key) or 0)
 end
 
--- remaining_ms returns how long the window of a counter lasts. It gives a counter without a TTL
--- a new window: the first event opens one, and a lost TTL must not close an account for ever.
-local function remaining_ms(key)
+-- ensure_window returns how many milliseconds are left of a counter's window, at least 1. If the
+-- counter has no TTL, it opens a window. That is so after the first event, and also if a TTL has
+-- been lost, which would otherwise close an account for ever.
+local function ensure_window(key)
   local ms = redis.call('PTTL', key)
   if ms < 0 then
     ms = window_ms
@@ -31,15 +32,15 @@ end
 
 local command = {}
 
--- take counts one event on every counter, or on none if one of them has reached its maximum. It
--- returns how many more events the tightest counter allows, or -1 if this event was one too many,
--- and the milliseconds until the window ends of the counter that decided.
+-- take counts one event on each counter, unless one of them has reached its maximum, which is its
+-- number in ARGV. Then it counts on none. It returns two numbers: how many more events are
+-- allowed, or -1 if this one is not; and how many milliseconds are left of the window.
 function command.take()
   local left, wait_ms = math.huge, 0
   for i, key in ipairs(KEYS) do
-    if count(key) >= number(i) then
+    if count(key) >= argument(i) then
       left = -1
-      wait_ms = math.max(wait_ms, remaining_ms(key))
+      wait_ms = math.max(wait_ms, ensure_window(key))
     end
   end
   if left == -1 then
@@ -47,25 +48,26 @@ function command.take()
   end
 
   for i, key in ipairs(KEYS) do
-    local after = redis.call('INCR', key)
-    local ms = remaining_ms(key)
-    if number(i) - after < left then
-      left = number(i) - after
-      wait_ms = ms
+    local remaining = argument(i) - redis.call('INCR', key)
+    local ms = ensure_window(key)
+    if remaining < left then
+      left, wait_ms = remaining, ms
     end
   end
   return {left, wait_ms}
 end
 
--- give_back takes a number of events off each counter. A counter never falls below zero.
+-- give_back takes events off each counter, as many as its number in ARGV. No counter falls below
+-- zero.
 function command.give_back()
   for i, key in ipairs(KEYS) do
-    if count(key) > number(i) then
-      redis.call('DECRBY', key, number(i))
+    if count(key) > argument(i) then
+      redis.call('DECRBY', key, argument(i))
     else
       redis.call('DEL', key)
     end
   end
 end
 
+-- A command that returns nothing is answered with OK.
 return command[ARGV[1]]() or redis.status_reply('OK')

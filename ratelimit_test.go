@@ -40,7 +40,7 @@ func TestUnjudgedAttempt(t *testing.T) {
 	judge(errOverloaded, 0)
 	if err := errors.Join(
 		logins.giveBack(t.Context(), email, ip),
-		logins.succeeded(t.Context(), email, ip),
+		logins.forgive(t.Context(), email, ip),
 	); err != nil {
 		t.Error(err)
 	}

@@ -1,36 +1,37 @@
--- session.lua keeps the sessions of one user. Each command is atomic and costs one round trip.
+-- session.lua keeps the sessions of one user. Each command is atomic and takes one round trip.
 --
 -- KEYS[1] is the user's index, user-sessions:{<userId>}: a sorted set of session ids, scored by
 -- the second in which the session expires. The keys of the sessions and of exchanged refresh
--- tokens are made from the same {<userId>}, so all of them lie in one slot of a Redis Cluster.
+-- tokens contain the same hash tag {<userId>}, so all of them lie in one slot of a Redis Cluster.
 --
--- ARGV[1] names the command, the rest are its parameters. Times are Unix seconds, or milliseconds
--- where the name ends in _ms. Lifetimes are seconds. The clock is Redis' own, the same for all
--- replicas of the server.
+-- ARGV[1] is the name of the command, and the rest are its parameters. Times are Unix seconds, or
+-- milliseconds if the name ends in _ms. Lifetimes are seconds. The clock is the one of Redis, so
+-- all replicas of the server have the same.
 --
--- store.go puts the line "#!lua" before this text. It makes a Redis whose memory is full refuse
--- the script before it has done anything. Commands that only read and delete run under
--- "#!lua flags=allow-oom" instead, so that a full Redis can still end sessions.
+-- store.go puts a first line before this text. With "#!lua" a Redis whose memory is full refuses
+-- to run the script at all, instead of failing in the middle. With "#!lua flags=allow-oom" it runs
+-- the script. That is for commands that only read or delete, so that sessions can always be ended.
 
--- max_sessions bounds what one user's sessions cost in memory, and in time to list or revoke.
+-- max_sessions bounds the memory that one user's sessions take, and the time to list or end them.
 local max_sessions = 100
 
 local index = KEYS[1]
-local user = string.match(index, '{.*}')
+local tag = string.match(index, '{.*}')
 
 local clock = redis.call('TIME')
 local now = tonumber(clock[1])
 local now_ms = now * 1000 + math.floor(clock[2] / 1000)
 
 local function session_key(sid)
-  return 'session:' .. user .. ':' .. sid
+  return 'session:' .. tag .. ':' .. sid
 end
 
+-- blacklist_key names the key that remembers when a token was exchanged.
 local function blacklist_key(token)
-  return 'blacklist:' .. user .. ':' .. token
+  return 'blacklist:' .. tag .. ':' .. token
 end
 
--- read returns the fields of a session as a table. Without such a session the table is empty.
+-- read returns the fields of a session as a table. The table is empty if there is no such session.
 local function read(sid)
   local flat = redis.call('HGETALL', session_key(sid))
   local session = {}
@@ -40,21 +41,21 @@ local function read(sid)
   return session
 end
 
--- remove ends a session. It only deletes, and returns how many sessions there were: 1 or 0.
+-- remove ends a session. It only deletes. It returns 1 if there was such a session, else 0.
 local function remove(sid)
   redis.call('ZREM', index, sid)
   return redis.call('DEL', session_key(sid))
 end
 
--- enter writes a session into the index until exp. The index lives as long as its last session.
+-- enter adds a session to the index, to expire at exp. The index lives as long as its last session.
 local function enter(sid, exp)
   redis.call('ZADD', index, exp, sid)
   local last = redis.call('ZRANGE', index, -1, -1, 'WITHSCORES')
   redis.call('EXPIREAT', index, last[2])
 end
 
--- make_room makes room for one more session. It forgets those that have expired and, if the user
--- still has max_sessions, ends the one that would expire first.
+-- make_room makes room for one more session. It removes expired ones from the index. If the user
+-- then still has max_sessions, it ends the one that would expire first.
 local function make_room()
   redis.call('ZREMRANGEBYSCORE', index, '-inf', now)
   local surplus = redis.call('ZCARD', index) - (max_sessions - 1)
@@ -65,7 +66,7 @@ local function make_room()
   end
 end
 
--- exchanged_ms returns when a token was exchanged, or nil if that is no longer remembered.
+-- exchanged_ms returns when a token was exchanged, or nil if nothing remembers that.
 local function exchanged_ms(session, token)
   local remembered = redis.call('GET', blacklist_key(token))
   if not remembered and session.previous == token then
@@ -88,16 +89,17 @@ function command.start(sid, token, digest, refresh_ttl, session_ttl, ip, agent)
   return {'started', token, tostring(now), tostring(exp)}
 end
 
--- rotate exchanges the refresh token shown for the one named next. It returns what came of it:
+-- rotate replaces the refresh token shown by the token next. It returns the outcome:
 --
---   rotated  next is the session's token now; next, its iat and its exp follow
---   resent   shown was exchanged last, within the leeway; its successor, iat and exp follow
+--   rotated  the session accepts next from now on; the reply also has next, its iat and its exp
+--   resent   shown was exchanged last, within the leeway; the reply also has its successor
 --   reused   shown was exchanged within the leeway; nothing has changed
---   theft    shown was exchanged before that, so somebody kept a copy; the session has ended
+--   theft    shown was exchanged longer ago, so somebody kept a copy; the session has ended
 --   ended    the session has ended
 --   stale    the session is bound to another password hash; nothing has changed
 --
--- resend is '1' if the policy is to answer the token exchanged last with its successor.
+-- digest is that of the user's password hash. resend is '1' if the token exchanged last is to be
+-- answered with its successor.
 function command.rotate(
   sid, next, digest, refresh_ttl, session_ttl, ip, agent, shown, leeway_ms, resend
 )
@@ -105,9 +107,10 @@ function command.rotate(
   if not session.token then
     return {'ended'}
   end
+  local is_current = session.token == shown
 
-  -- Only the session says which token is good, so losing a blacklist entry revives none.
-  if session.token ~= shown then
+  -- Only session.token decides which token is good, so a lost blacklist key cannot revive one.
+  if not is_current then
     local exchanged = exchanged_ms(session, shown)
     if not exchanged or now_ms - exchanged > tonumber(leeway_ms) then
       remove(sid)
@@ -121,10 +124,11 @@ function command.rotate(
   if session.digest ~= digest then
     return {'stale'}
   end
-  if session.token ~= shown then
+  if not is_current then
     return {'resent', session.token, session.iat, session.exp}
   end
 
+  -- A session whose end has come is gone by its TTL, unless session_ttl has been lowered since.
   local session_end = math.floor(session.created / 1000) + session_ttl
   local exp = math.min(now + refresh_ttl, session_end)
   if exp <= now then
@@ -132,7 +136,7 @@ function command.rotate(
     return {'ended'}
   end
   enter(sid, exp)
-  if tonumber(leeway_ms) > 0 then
+  if tonumber(leeway_ms) > 0 then -- Redis does not accept a TTL of 0
     redis.call('SET', blacklist_key(shown), now_ms, 'PX', leeway_ms)
   end
   redis.call('HSET', session_key(sid),
@@ -142,8 +146,8 @@ function command.rotate(
   return {'rotated', next, tostring(now), tostring(exp)}
 end
 
--- list returns five values for each session, one after the other: its id, the milliseconds of its
--- start and of its last use, ip and user agent.
+-- list returns five values for each session, in one flat array: its id, the milliseconds in which
+-- it was created and last used, its IP address and its user agent.
 function command.list()
   local values = {}
   for _, sid in ipairs(redis.call('ZRANGE', index, 0, -1)) do
@@ -159,12 +163,12 @@ function command.list()
   return values
 end
 
--- revoke ends one session. It returns how many there were to end: 1 or 0.
+-- revoke ends one session. It returns 1 if there was such a session, else 0.
 function command.revoke(sid)
   return remove(sid)
 end
 
--- revoke_all ends every session, and that of the caller also if the index has lost it.
+-- revoke_all ends all sessions, and the caller's even if the index has lost it.
 function command.revoke_all(caller)
   for _, sid in ipairs(redis.call('ZRANGE', index, 0, -1)) do
     remove(sid)
@@ -172,7 +176,7 @@ function command.revoke_all(caller)
   remove(caller)
 end
 
--- change_password ends every session but keep, and binds keep to the new password hash.
+-- change_password ends all sessions except keep, and binds keep to the new password hash.
 function command.change_password(keep, digest)
   for _, sid in ipairs(redis.call('ZRANGE', index, 0, -1)) do
     if sid ~= keep then
@@ -184,7 +188,7 @@ function command.change_password(keep, digest)
   end
 end
 
--- rehash binds the sessions of one password hash to another hash of the same password.
+-- rehash binds the sessions that are bound to one password hash to another hash of that password.
 function command.rehash(old_digest, new_digest)
   for _, sid in ipairs(redis.call('ZRANGE', index, 0, -1)) do
     if redis.call('HGET', session_key(sid), 'digest') == old_digest then
@@ -193,4 +197,5 @@ function command.rehash(old_digest, new_digest)
   end
 end
 
+-- A command that returns nothing is answered with OK. (0 and the empty table are true in Lua.)
 return command[ARGV[1]](unpack(ARGV, 2)) or redis.status_reply('OK')

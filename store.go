@@ -1,7 +1,7 @@
 package main
 
-// store.go keeps users in PostgreSQL and sessions in Redis, and applies the migrations of
-// schema.sql. Every call is bounded in time. session.lua decides what becomes of a session.
+// store.go keeps users in PostgreSQL and sessions in Redis, and applies the migrations in
+// schema.sql. Every call is bounded in time. The rules for sessions are in session.lua.
 
 import (
 	"context"
@@ -29,16 +29,16 @@ const (
 	// redisTimeout bounds each dial, write and read.
 	redisTimeout = 700 * time.Millisecond
 
-	// migrationTimeout bounds all migrations together. Building an index on an adopted table of
-	// some hundred million rows takes minutes.
+	// migrationTimeout bounds all migrations together. Building an index on an adopted table with
+	// a few hundred million rows takes minutes.
 	migrationTimeout = 10 * time.Minute
 )
 
 var (
-	// errUnavailable wraps every error of a store that did not answer, or cannot serve just now.
+	// errUnavailable means that a store did not answer, or that it cannot serve at the moment.
 	errUnavailable = errors.New("store unavailable")
 
-	// errFault wraps every error that a store reports otherwise.
+	// errFault means that a store answered with an error that no outage explains.
 	errFault = errors.New("store fault")
 
 	errNoUser      = errors.New("no such user")
@@ -47,11 +47,11 @@ var (
 	errEnded       = errors.New("session has ended")
 	errReused      = errors.New("refresh token was exchanged before")
 
-	// errTheft is errReused of a token that was exchanged longer ago than the leeway.
+	// errTheft is an errReused whose token was exchanged longer ago than the leeway.
 	errTheft = fmt.Errorf("%w, and longer ago than the leeway", errReused)
 
-	// errStale says that the password hash was replaced after it was read. The caller starts over,
-	// and after several such tries in a row the answer is that of an unavailable store.
+	// errStale means that the password hash was replaced after it was read. The caller tries again
+	// with the new hash. If that fails several times, the request is answered with 503.
 	errStale = fmt.Errorf("%w: the password hash was replaced meanwhile", errUnavailable)
 )
 
@@ -63,13 +63,13 @@ type user struct {
 	CreatedAt    time.Time
 }
 
-// device is where a session is used from.
+// device is the client that uses a session.
 type device struct {
 	IP        string
 	UserAgent string
 }
 
-// session is a living session as its user may see it.
+// session is what a user may see of a session.
 type session struct {
 	ID         string
 	CreatedAt  time.Time
@@ -77,16 +77,14 @@ type session struct {
 	Device     device
 }
 
-// grant is the refresh token that a session honours.
-type grant struct {
-	SessionID string
-	TokenID   string
-	IssuedAt  time.Time
-	ExpiresAt time.Time
-	Resent    bool // it had been given out before
+// newSession describes a session that is to be opened.
+type newSession struct {
+	ID      string
+	TokenID string // of its first refresh token
+	Device  device
 }
 
-// exchange asks for a refresh: that the token Shown of a session be exchanged for the token Next.
+// exchange describes a refresh: a session's refresh token Shown is replaced by Next.
 type exchange struct {
 	UserID    string
 	SessionID string
@@ -95,28 +93,39 @@ type exchange struct {
 	Device    device
 }
 
-// sessionPolicy says how long sessions live and what happens to a token that is shown again.
-type sessionPolicy struct {
-	RefreshTTL time.Duration // of a refresh token, in whole seconds
-	SessionTTL time.Duration // of a session, however often it is refreshed, in whole seconds
-	Leeway     time.Duration // for how long showing an exchanged token is a race and not a theft
-	Resend     bool          // within the leeway, the token exchanged last gets its successor again
+// grant is the refresh token that a session accepts.
+type grant struct {
+	SessionID string
+	TokenID   string
+	IssuedAt  time.Time
+	ExpiresAt time.Time
+	Resent    bool // the client may have received this token before
 }
 
+// sessionPolicy says how long sessions live, and what happens if a token is used twice. The TTLs
+// are in whole seconds.
+type sessionPolicy struct {
+	RefreshTTL time.Duration // of a refresh token
+	SessionTTL time.Duration // of a session, no matter how often it is refreshed
+	Leeway     time.Duration // how long after its exchange a reused token counts as a race
+	Resend     bool          // answer the token exchanged last with its successor, within Leeway
+}
+
+// store keeps users and sessions.
 type store struct {
 	db     *pgxpool.Pool
 	rdb    redis.UniversalClient
 	policy sessionPolicy
 }
 
-// postgresReady returns what keeps PostgreSQL from answering, nil if it answers.
+// postgresReady returns an error if PostgreSQL does not answer.
 func (s *store) postgresReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
 	return s.db.Ping(ctx)
 }
 
-// redisReady returns what keeps Redis from answering, nil if it answers.
+// redisReady returns an error if Redis does not answer.
 func (s *store) redisReady(ctx context.Context) error {
 	return s.rdb.Ping(ctx).Err()
 }
@@ -131,10 +140,10 @@ func (s *store) findUserByID(ctx context.Context, id string) (user, error) {
 		WHERE id = $1::uuid`, id)
 }
 
-// findUserByEmail returns the user with this email, given in lower case, or errNoUser.
+// findUserByEmail returns the user with this normalized email, or errNoUser.
 func (s *store) findUserByEmail(ctx context.Context, email string) (user, error) {
 	if strings.ContainsRune(email, 0) {
-		return user{}, errNoUser // PostgreSQL would refuse the text
+		return user{}, errNoUser // PostgreSQL does not accept NUL in a text
 	}
 	return s.findUser(ctx, `
 		SELECT id::text, email, password_hash, created_at
@@ -158,12 +167,12 @@ func scanUser(row pgx.Row) (user, error) {
 	return u, err
 }
 
-// createUser inserts a user and opens the first session, both or neither. It returns errEmailExists
-// if the email is taken.
+// createUser inserts a user and opens the first session. The user is committed only if the session
+// was opened. createUser returns errEmailExists if the email is taken.
 func (s *store) createUser(
 	ctx context.Context,
-	email, hash, sessionID, tokenID string,
-	from device,
+	email, hash string,
+	first newSession,
 ) (user, grant, error) {
 	var u user
 	var g grant
@@ -177,16 +186,16 @@ func (s *store) createUser(
 			return errEmailExists
 		}
 		if err != nil {
-			return err
+			return postgresError("insert user", err)
 		}
-		g, err = s.startSession(ctx, u, sessionID, tokenID, from)
+		g, err = s.startSession(ctx, u, first)
 		return err
 	})
 	return u, g, err
 }
 
-// isEmailTaken reports whether err is a violation of one of the unique constraints on users.email.
-// An adopted table may have any name for its own, so every one counts but the primary key.
+// isEmailTaken reports whether err is a violation of a unique constraint on users.email. In an
+// adopted table that constraint may have any name, so all but the primary key count.
 func isEmailTaken(err error) bool {
 	var pg *pgconn.PgError
 	return errors.As(err, &pg) &&
@@ -195,31 +204,29 @@ func isEmailTaken(err error) bool {
 		pg.ConstraintName != "users_pkey"
 }
 
-// openSession opens a session for a user whose password was just found to match u.PasswordHash. It
-// returns errStale if that is no longer the user's hash. The session starts under the row's share
-// lock, so a change of the password is either seen here or ends this session too.
-func (s *store) openSession(
-	ctx context.Context,
-	u user,
-	sessionID, tokenID string,
-	from device,
-) (grant, error) {
+// openSession opens a session for a user whose password has just matched u.PasswordHash. It returns
+// errStale if the user has another hash by now, or is gone. The session is opened under a share
+// lock on the user's row. So a password change is either seen here, or it ends this session too.
+func (s *store) openSession(ctx context.Context, u user, opened newSession) (grant, error) {
 	var g grant
 	err := s.inTx(ctx, "open session", func(ctx context.Context, tx pgx.Tx) error {
 		hash, err := lockHash(ctx, tx, u.ID)
-		if errors.Is(err, errNoUser) || err == nil && hash != u.PasswordHash {
+		switch {
+		case errors.Is(err, errNoUser):
+			return errStale
+		case err != nil:
+			return err
+		case hash != u.PasswordHash:
 			return errStale
 		}
-		if err != nil {
-			return err
-		}
-		g, err = s.startSession(ctx, u, sessionID, tokenID, from)
+		g, err = s.startSession(ctx, u, opened)
 		return err
 	})
 	return g, err
 }
 
-// lockHash returns the password hash of a user and keeps it from being replaced until tx ends.
+// lockHash returns a user's password hash and locks the row, so that nobody replaces the hash until
+// tx ends. FOR KEY SHARE would not be enough: an UPDATE of the hash does not wait for it.
 func lockHash(ctx context.Context, tx pgx.Tx, userID string) (string, error) {
 	var hash string
 	err := tx.QueryRow(ctx, `
@@ -230,11 +237,11 @@ func lockHash(ctx context.Context, tx pgx.Tx, userID string) (string, error) {
 	if errors.Is(err, pgx.ErrNoRows) {
 		return "", errNoUser
 	}
-	return hash, err
+	return hash, postgresError("lock password hash", err)
 }
 
-// changePassword replaces the password hash of u and ends every session but keep. It returns
-// errStale if u.PasswordHash is no longer the user's hash.
+// changePassword replaces the password hash of u and ends all sessions except keep. It returns
+// errStale if the user has another hash than u.PasswordHash by now.
 func (s *store) changePassword(ctx context.Context, u user, hash, keep string) error {
 	return s.inTx(ctx, "change password", func(ctx context.Context, tx pgx.Tx) error {
 		if err := replaceHash(ctx, tx, u, hash); err != nil {
@@ -245,45 +252,47 @@ func (s *store) changePassword(ctx context.Context, u user, hash, keep string) e
 	})
 }
 
-// rehash replaces the password hash of u by another hash of the same password, and ends no session.
-// It returns errStale if u.PasswordHash is no longer the user's hash.
+// rehash replaces the password hash of u by another hash of the same password. All sessions go on.
+// It returns errStale if the user has another hash than u.PasswordHash by now.
 func (s *store) rehash(ctx context.Context, u user, hash string) error {
 	return s.inTx(ctx, "rehash", func(ctx context.Context, tx pgx.Tx) error {
 		if err := replaceHash(ctx, tx, u, hash); err != nil {
 			return err
 		}
-		from, to := digest(u.PasswordHash), digest(hash)
-		return redisError("rehash", s.run(ctx, sessionScript, u.ID, "rehash", from, to).Err())
+		from := digest(u.PasswordHash)
+		err := s.run(ctx, sessionScript, u.ID, "rehash", from, digest(hash)).Err()
+		return redisError("rehash", err)
 	})
 }
 
-// replaceHash updates the row, which stays locked until tx ends. Nobody sees the new hash before.
+// replaceHash updates the user's row and so locks it until tx ends. Nobody sees the new hash before
+// the commit.
 func replaceHash(ctx context.Context, tx pgx.Tx, u user, hash string) error {
 	tag, err := tx.Exec(ctx, `
 		UPDATE users
 		SET password_hash = $3, updated_at = now()
 		WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash, hash)
-	return expectRow(tag, err)
+	return expectRow("update password hash", tag, err)
 }
 
-// deleteUser deletes u and ends every session, that of the caller among them. It returns errStale
-// if u.PasswordHash is no longer the user's hash.
+// deleteUser deletes u and ends all sessions, including the caller's. It returns errStale if the
+// user has another hash than u.PasswordHash by now.
 func (s *store) deleteUser(ctx context.Context, u user, caller string) error {
 	return s.inTx(ctx, "delete user", func(ctx context.Context, tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			DELETE FROM users
 			WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash)
-		if err := expectRow(tag, err); err != nil {
+		if err := expectRow("delete user", tag, err); err != nil {
 			return err
 		}
 		return s.revokeAll(ctx, u.ID, caller)
 	})
 }
 
-// expectRow returns err, or errStale if a statement that names the hash has found no row.
-func expectRow(tag pgconn.CommandTag, err error) error {
+// expectRow returns errStale if a statement matched no row, because the hash has been replaced.
+func expectRow(operation string, tag pgconn.CommandTag, err error) error {
 	if err != nil {
-		return err
+		return postgresError(operation, err)
 	}
 	if tag.RowsAffected() == 0 {
 		return errStale
@@ -291,9 +300,9 @@ func expectRow(tag pgconn.CommandTag, err error) error {
 	return nil
 }
 
-// inTx runs fn in a transaction, and commits if fn returns no error. The isolation level is READ
-// COMMITTED whatever the database's default is: a statement that has waited for a row lock must see
-// the new row.
+// inTx runs fn in a transaction and commits it if fn returns no error. An error of fn is returned
+// as it is. The isolation level is always READ COMMITTED, because a statement that has waited for a
+// row lock must see the new row.
 func (s *store) inTx(
 	ctx context.Context,
 	operation string,
@@ -302,22 +311,20 @@ func (s *store) inTx(
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
 	options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
+	var fnErr error
 	err := pgx.BeginTxFunc(ctx, s.db, options, func(tx pgx.Tx) error {
-		return fn(ctx, tx)
+		fnErr = fn(ctx, tx)
+		return fnErr
 	})
+	if fnErr != nil {
+		return fnErr
+	}
 	return postgresError(operation, err)
 }
 
-// postgresError names the operation that failed. A PostgreSQL that did not answer, or that cannot
-// serve just now, is errUnavailable; an error that it reports otherwise is errFault. The errors of
-// this file, those of redisError among them, pass as they are.
+// postgresError turns an error of pgx into errUnavailable or errFault, and names the operation.
+// It returns nil if err is nil.
 func postgresError(operation string, err error) error {
-	own := []error{errUnavailable, errFault, errEmailExists, errNoUser, errEnded, errReused}
-	for _, ours := range own {
-		if errors.Is(err, ours) {
-			return err
-		}
-	}
 	var reported *pgconn.PgError
 	var unreadable pgx.ScanArgError
 	switch {
@@ -330,14 +337,14 @@ func postgresError(operation string, err error) error {
 	}
 }
 
-// cannotServe reports whether an error of PostgreSQL says that it is there, but of no use just now.
-// The first two characters of an SQLSTATE are its class.
+// cannotServe reports whether an error of PostgreSQL means that it cannot serve at the moment. The
+// first two characters of an SQLSTATE are its class.
 func cannotServe(reported *pgconn.PgError) bool {
 	switch reported.Code[:2] {
-	case "08", "53", "57": // connection lost; resources exhausted; shutting down or starting
+	case "08", "53", "57": // connection lost; out of resources; shutting down or starting
 		return true
 	}
-	return reported.Code == "25006" // read-only: a primary that has become a standby
+	return reported.Code == "25006" // read-only: this primary has become a standby
 }
 
 // Sessions
@@ -346,14 +353,14 @@ func cannotServe(reported *pgconn.PgError) bool {
 var sessionLua string
 
 var (
-	// sessionScript runs commands that need memory. A full Redis refuses it as a whole.
+	// sessionScript is for commands that need memory. A full Redis refuses to run it.
 	sessionScript = redis.NewScript("#!lua\n" + sessionLua)
 
-	// releaseScript runs commands that only read or delete. A full Redis runs it.
+	// releaseScript is for commands that only read or delete. A full Redis runs it too.
 	releaseScript = redis.NewScript("#!lua flags=allow-oom\n" + sessionLua)
 )
 
-// run runs a command of session.lua on the sessions of a user.
+// run executes a command of session.lua on the sessions of a user.
 func (s *store) run(
 	ctx context.Context,
 	script *redis.Script,
@@ -364,39 +371,34 @@ func (s *store) run(
 	return script.Run(ctx, s.rdb, []string{index}, append([]any{command}, args...)...)
 }
 
-// digest returns what binds a session to a password hash: 64 bits of its SHA-256 in hex.
+// digest shortens a password hash to 64 bits of its SHA-256, in hex. A session is bound to it.
 func digest(hash string) string {
 	sum := sha256.Sum256([]byte(hash))
 	return hex.EncodeToString(sum[:8])
 }
 
-// startSession opens a session of u that is bound to u.PasswordHash.
-func (s *store) startSession(
-	ctx context.Context,
-	u user,
-	sessionID, tokenID string,
-	from device,
-) (grant, error) {
+// startSession opens a session of u and binds it to u.PasswordHash.
+func (s *store) startSession(ctx context.Context, u user, opened newSession) (grant, error) {
 	reply, err := s.run(ctx, sessionScript, u.ID, "start",
-		sessionID,
-		tokenID,
+		opened.ID,
+		opened.TokenID,
 		digest(u.PasswordHash),
 		s.policy.RefreshTTL.Seconds(),
 		s.policy.SessionTTL.Seconds(),
-		from.IP,
-		from.UserAgent,
+		opened.Device.IP,
+		opened.Device.UserAgent,
 	).StringSlice()
 	if err != nil {
 		return grant{}, redisError("start session", err)
 	}
-	return parseGrant(sessionID, reply)
+	return parseGrant(opened.ID, reply)
 }
 
-// refresh exchanges a refresh token and returns its user and its successor. It returns errEnded if
-// the session is over, errReused for a token that was exchanged within the leeway, and errTheft for
-// one that was exchanged before that, whose session is over now.
+// refresh exchanges a refresh token. It returns the user and the token that replaces it. It returns
+// errEnded if the session has ended, errReused if the token was exchanged within the leeway, and
+// errTheft if it was exchanged before that, which has now ended the session.
 func (s *store) refresh(ctx context.Context, x exchange) (user, grant, error) {
-	// PostgreSQL is asked first, so that no token is used up while it is down.
+	// PostgreSQL comes first, so that no token is used up while it is down.
 	u, err := s.findUserByID(ctx, x.UserID)
 	if errors.Is(err, errNoUser) {
 		return user{}, grant{}, s.endSession(ctx, x)
@@ -411,9 +413,10 @@ func (s *store) refresh(ctx context.Context, x exchange) (user, grant, error) {
 	return u, g, err
 }
 
-// refreshLocked looks again at a session that is bound to another hash than the one just read. The
-// share lock waits for a change under way and keeps the next one out until the scripts have run. So
-// a rehash under way ends nothing, and a session of another password ends.
+// refreshLocked repeats a refresh whose session is bound to another hash than the one just read. It
+// takes the share lock, which waits for a change that is under way and keeps the next one out until
+// the scripts have run. So a rehash under way ends no session, and if the hash still differs, the
+// password has really changed and the session ends.
 func (s *store) refreshLocked(ctx context.Context, x exchange) (grant, error) {
 	var g grant
 	err := s.inTx(ctx, "refresh", func(ctx context.Context, tx pgx.Tx) error {
@@ -431,7 +434,7 @@ func (s *store) refreshLocked(ctx context.Context, x exchange) (grant, error) {
 		return err
 	})
 	if g != (grant{}) {
-		return g, nil // the token is exchanged, and a commit that fails only loses the lock
+		return g, nil // the token was exchanged, and the commit only had to release the lock
 	}
 	return g, err
 }
@@ -445,8 +448,8 @@ func (s *store) endSession(ctx context.Context, x exchange) error {
 	return errEnded
 }
 
-// rotate runs the exchange on a session that must be bound to hash. If it is bound to another one,
-// rotate changes nothing and returns errStale.
+// rotate exchanges the token of a session that is bound to hash. If the session is bound to another
+// hash, rotate changes nothing and returns errStale.
 func (s *store) rotate(ctx context.Context, x exchange, hash string) (grant, error) {
 	reply, err := s.run(ctx, sessionScript, x.UserID, "rotate",
 		x.SessionID,
@@ -477,15 +480,15 @@ func (s *store) rotate(ctx context.Context, x exchange, hash string) (grant, err
 	}
 }
 
-// parseGrant reads what session.lua says of a token that is honoured: an outcome, jti, iat and exp.
+// parseGrant reads a reply of session.lua that grants a token: the outcome, jti, iat and exp.
 func parseGrant(sessionID string, reply []string) (grant, error) {
 	if len(reply) != 4 {
-		return grant{}, fmt.Errorf("session.lua: unexpected reply %q", reply)
+		return grant{}, fmt.Errorf("%w: session.lua: unexpected reply %q", errFault, reply)
 	}
 	issuedAt, iatErr := strconv.ParseInt(reply[2], 10, 64)
 	expiresAt, expErr := strconv.ParseInt(reply[3], 10, 64)
 	if err := errors.Join(iatErr, expErr); err != nil {
-		return grant{}, fmt.Errorf("session.lua: %v", err)
+		return grant{}, fmt.Errorf("%w: session.lua: %v", errFault, err)
 	}
 	return grant{
 		SessionID: sessionID,
@@ -496,7 +499,7 @@ func parseGrant(sessionID string, reply []string) (grant, error) {
 	}, nil
 }
 
-// checkSession returns errEnded if the user has no such session any more.
+// checkSession returns errEnded if the user has no such session.
 func (s *store) checkSession(ctx context.Context, userID, sessionID string) error {
 	living, err := s.rdb.Exists(ctx, "session:{"+userID+"}:"+sessionID).Result()
 	if err != nil {
@@ -508,7 +511,7 @@ func (s *store) checkSession(ctx context.Context, userID, sessionID string) erro
 	return nil
 }
 
-// listSessions returns the user's sessions, the one used last first.
+// listSessions returns the user's sessions. The one that was used last comes first.
 func (s *store) listSessions(ctx context.Context, userID string) ([]session, error) {
 	fields, err := s.run(ctx, releaseScript, userID, "list").StringSlice()
 	if err != nil {
@@ -546,19 +549,19 @@ func (s *store) revoke(ctx context.Context, userID, sessionID string) error {
 	return nil
 }
 
-// revokeAll ends every session of the user, the one of the caller among them.
+// revokeAll ends all sessions of the user, including the caller's.
 func (s *store) revokeAll(ctx context.Context, userID, caller string) error {
 	err := s.run(ctx, releaseScript, userID, "revoke_all", caller).Err()
 	return redisError("revoke all sessions", err)
 }
 
-// outOfService matches what Redis reports when it is there, but of no use just now. A script that
-// meets a slot on its way to another node of a cluster gets the error about a non local key.
+// outOfService matches errors of Redis which mean that it cannot serve at the moment. A script that
+// needs a key while the key's slot moves to another node gets the error about a non local key.
 var outOfService = regexp.MustCompile(`^(LOADING|BUSY|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|` +
 	`CLUSTERDOWN|TRYAGAIN|MOVED|ASK|ERR max number of clients)|attempted to access a non local key`)
 
-// redisError names the operation that failed. A Redis that did not answer, or that is out of
-// service, is errUnavailable; an error that it reports otherwise is errFault.
+// redisError turns an error of go-redis into errUnavailable or errFault, and names the operation.
+// It returns nil if err is nil.
 func redisError(operation string, err error) error {
 	var reported redis.Error
 	switch {
@@ -602,8 +605,8 @@ func parseMigrations(schema string) []migration {
 	return steps
 }
 
-// migrate applies the steps of a schema that have not been applied, all of them or, on an error,
-// none. It returns all steps.
+// migrate applies the steps of a schema that have not been applied yet. If one fails, none is
+// applied. It returns all steps.
 func migrate(ctx context.Context, database *pgx.ConnConfig, schema string) ([]migration, error) {
 	return inMigration(ctx, database, schema, applyMigrations)
 }
@@ -619,9 +622,9 @@ func migrationStatus(
 	})
 }
 
-// inMigration compares a schema with what is on record, calls fn in the same transaction, and
-// returns the steps. Closing the connection rolls back what fn has not committed. One replica at a
-// time gets here, the others wait.
+// inMigration compares a schema with the steps on record, calls fn in the same transaction, and
+// returns the steps. Whatever fn does not commit is rolled back when the connection is closed. An
+// advisory lock lets one replica at a time do this.
 func inMigration(
 	ctx context.Context,
 	database *pgx.ConnConfig,
@@ -643,7 +646,7 @@ func inMigration(
 	if err != nil {
 		return nil, err
 	}
-	// The number is any that nobody else uses.
+	// The number has no meaning. It only has to be one that nobody else uses.
 	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171)`); err != nil {
 		return nil, err
 	}
@@ -669,8 +672,8 @@ func checkEncoding(ctx context.Context, conn *pgx.Conn) error {
 	return nil
 }
 
-// compareMigrations returns the steps of a schema, those that are on record with their time. A step
-// on record that the schema does not have, or has with another text, is an error.
+// compareMigrations returns the steps of a schema, with AppliedAt set for those on record. It is an
+// error if the schema lacks a step that is on record, or has another text for it.
 func compareMigrations(ctx context.Context, tx pgx.Tx, schema string) ([]migration, error) {
 	recorded, err := recordedMigrations(ctx, tx)
 	if err != nil {
@@ -697,8 +700,8 @@ func compareMigrations(ctx context.Context, tx pgx.Tx, schema string) ([]migrati
 	return steps, nil
 }
 
-// recordedMigrations returns what schema_migrations has on record, by version. It makes the table
-// if it is not there; a role without the right to make one can still serve.
+// recordedMigrations returns the steps in schema_migrations by version. It creates that table only
+// if it is missing, so that afterwards a role without the right to create tables can serve.
 func recordedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, error) {
 	_, err := tx.Exec(ctx, `
 		DO $$

@@ -16,6 +16,7 @@
 // It should trust X-Forwarded-For from here (TRUSTED_PROXIES), since every test is a client with an
 // address of its own. What needs more than a URL is then skipped and says why, unless the tests are
 // given the variables that configure the server (DATABASE_URL, REDIS_URL, JWT_SECRET, …) as well.
+// Some promises are about the rate limit, which such a server should not have turned off.
 //
 // Mind the -count=1: the go command cannot see that the server has changed, and would show an old
 // result.

@@ -27,7 +27,7 @@ import (
 )
 
 // These tests are a user of examples/frontend in a real Chromium: the page comes from one origin
-// and calls the server at another, as in life. They leave a screenshot of each state in screenshots/.
+// and calls the server at another, as in life. Each leaves screenshots in screenshots/.
 
 const (
 	ada      = "ada@example.com"

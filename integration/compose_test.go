@@ -130,7 +130,7 @@ func (p *project) inspect(service string) inspect {
 	return found[0]
 }
 
-// assertContainers is "nothing is published but the server's port on 127.0.0.1, which is locked in".
+// assertContainers is "only the server's port is published, on 127.0.0.1, and it is locked in".
 func (p *project) assertContainers(port string) {
 	p.t.Helper()
 	for _, service := range strings.Fields(p.compose("config", "--services")) {

@@ -18,9 +18,8 @@ func BenchmarkRefreshWhileHashing(b *testing.B) {
 	threads := runtime.GOMAXPROCS(0) // which the server has set
 	c := signedUp(s)
 	for _, load := range []struct {
-		name    string
-		threads int
-		logins  int
+		name            string
+		threads, logins int
 	}{
 		{"idle", threads, 0},
 		{"flooded", threads, threads}, // there are half as many slots as threads

@@ -98,7 +98,7 @@ func TestErrorResponses(t *testing.T) {
 func TestRetryAfter(t *testing.T) {
 	for wait, want := range map[time.Duration]string{0: "1", 1e9: "1", 1e9 + 1: "2"} {
 		if got := wholeSeconds(wait); got != want {
-			t.Errorf("seconds(%v) = %s, want %s", wait, got, want)
+			t.Errorf("wholeSeconds(%v) = %s, want %s", wait, got, want)
 		}
 	}
 }
@@ -226,9 +226,7 @@ func TestHistogram(t *testing.T) {
 		`latchkey_http_requests_total{route="GET /x",method="other",status="405"} 2`,
 		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="0.001"} 1`,
 		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="0.0025"} 2`,
-		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="0.025"} 2`,
 		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="0.05"} 3`,
-		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="5"} 3`,
 		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="+Inf"} 4`,
 		`latchkey_http_request_duration_seconds_count{route="GET /x"} 4`,
 	} {

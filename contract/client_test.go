@@ -8,7 +8,7 @@ import (
 	"maps"
 	mathrand "math/rand/v2"
 	"net/http"
-	"strconv"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -151,11 +151,11 @@ var (
 	firstAddress = mathrand.Uint32()
 )
 
-// newIP is an address that no other client of this run has, of a range set aside for benchmarks.
+// newIP is an address that no other client has, of the reserved range 240.0.0.0/4.
 func newIP() string {
 	n := firstAddress + addresses.Add(1)
-	last := strconv.Itoa(int(n>>8&255)) + "." + strconv.Itoa(int(n&255))
-	return "198." + strconv.Itoa(18+int(n>>16&1)) + "." + last
+	b := [4]byte{240 | byte(n>>24), byte(n >> 16), byte(n >> 8), byte(n)}
+	return netip.AddrFrom4(b).String()
 }
 
 // All emails and passwords that the tests make up have these in them, which no log may show.

@@ -310,12 +310,13 @@ func refusedCountsNowhere(s *server) {
 }
 
 func noneSlipsPast(s *server) {
+	one := newIP()
 	for what, x := range map[string]struct {
 		most int // LOGIN_LIMIT_MAX
 		want int
 		ip   func() string
 	}{
-		"one address":    {10, 10, func() string { return "198.51.100.1" }},
+		"one address":    {10, 10, func() string { return one }},
 		"many addresses": {2, 20, newIP},
 	} {
 		replicas := []*server{s.loginLimit(x.most), s.loginLimit(x.most)}

@@ -169,8 +169,8 @@ func TestHashingSlots(t *testing.T) {
 	h.waiting.Store(0)
 	acquire(nil)
 	acquire(errOverloaded) // the slot is waited for, but not for ever
-	if refused := h.refused.Load(); refused != 2 {
-		t.Errorf("%d refusals are counted, want 2", refused)
+	if refused, waiting := h.refused.Load(), h.waiting.Load(); refused != 2 || waiting != 0 {
+		t.Errorf("%d were refused and %d wait, want 2 and 0", refused, waiting)
 	}
 	go func() {
 		for h.waiting.Load() == 0 {

@@ -300,9 +300,12 @@ func expectRow(operation string, tag pgconn.CommandTag, err error) error {
 	return nil
 }
 
+// readCommitted is the isolation level of all transactions, whatever the database's default is. A
+// statement that has waited for a lock must see what was committed meanwhile.
+var readCommitted = pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
+
 // inTx runs fn in a transaction and commits it if fn returns no error. An error of fn is returned
-// as it is. The isolation level is always READ COMMITTED, because a statement that has waited for a
-// row lock must see the new row.
+// as it is.
 func (s *store) inTx(
 	ctx context.Context,
 	operation string,
@@ -310,9 +313,8 @@ func (s *store) inTx(
 ) error {
 	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
 	defer cancel()
-	options := pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
 	var fnErr error
-	err := pgx.BeginTxFunc(ctx, s.db, options, func(tx pgx.Tx) error {
+	err := pgx.BeginTxFunc(ctx, s.db, readCommitted, func(tx pgx.Tx) error {
 		fnErr = fn(ctx, tx)
 		return fnErr
 	})
@@ -642,7 +644,7 @@ func inMigration(
 		return nil, err
 	}
 
-	tx, err := conn.Begin(ctx)
+	tx, err := conn.BeginTx(ctx, readCommitted)
 	if err != nil {
 		return nil, err
 	}

@@ -12,14 +12,6 @@ import (
 	"time"
 )
 
-// nowhere is production's environment without a fault, but with stores that cannot be reached.
-func (s *server) nowhere() env {
-	return s.stores.environment(production).with(env{
-		"DATABASE_URL": "postgres://u:p@127.0.0.1:1/x?sslmode=disable",
-		"REDIS_URL":    "redis://127.0.0.1:1",
-	})
-}
-
 // faulty asserts that a configuration stops the start with a line for each of these variables and
 // no other.
 func (s *server) faulty(e env, names ...string) (output string) {

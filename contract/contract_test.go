@@ -102,16 +102,20 @@ func TestContract(t *testing.T) {
 			}
 			for _, p := range section.promises {
 				t.Run(p.says, func(t *testing.T) {
-					if server.lacks(p.needs) {
-						t.Skipf("needs %s", p.needs)
-					}
 					if parallel {
 						t.Parallel()
 					}
+					p.test(server.askedBy(t))
 					tested.Add(1)
-					p.holds(server.askedBy(t))
 				})
 			}
 		})
 	}
+}
+
+func (p promise) test(s *server) {
+	if s.lacks(p.needs) {
+		s.Skipf("needs %s", p.needs)
+	}
+	p.holds(s)
 }

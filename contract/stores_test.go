@@ -126,7 +126,7 @@ func (s *server) evict(keys ...string) {
 // spoil puts a value of another type in a key's place.
 func (s *server) spoil(key string) {
 	s.evict(key)
-	if err := s.stores.redis.SetEx(s.Context(), key, "spoilt", time.Minute).Err(); err != nil {
+	if err := s.stores.redis.Set(s.Context(), key, "spoilt", time.Minute).Err(); err != nil {
 		s.Fatal(err)
 	}
 }

@@ -16,7 +16,9 @@ import (
 func BenchmarkRefreshWhileHashing(b *testing.B) {
 	s := start(b, map[string]string{"BCRYPT_COST": "12"})
 	s.expects = 503 // on a busy machine some logins wait in vain
-	threads := runtime.GOMAXPROCS(0) // which the server has set
+
+	// The server has doubled the threads.
+	threads := runtime.GOMAXPROCS(0)
 	c := signedUp(s)
 	for _, load := range []struct {
 		name            string

@@ -63,44 +63,6 @@ func checkVerify(t *testing.T, k keys, token string, want error) {
 	}
 }
 
-// TestSignKnownAnswer compares a whole token with that of another implementation, Python's json,
-// base64 and hmac.
-func TestSignKnownAnswer(t *testing.T) {
-	const want = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9" +
-		".eyJ1c2VySWQiOiJ1LTEiLCJlbWFpbCI6InVzZXJAZXhhbXBsZS5jb20iLCJpYXQiOjE4MDAwMDAwMDAsImV4cC" +
-		"I6MTgwMDAwMDkwMCwic3ViIjoidS0xIiwic2lkIjoicy0xIiwianRpIjoidC0xIn0" +
-		".8wiW5rHsqlEwFxpBVYgaSVwBT8LcMhGLsGqK142WeyM"
-	if got := testKeys.sign(testClaims()); got != want {
-		t.Errorf("sign =\n%s, want\n%s", got, want)
-	}
-	checkVerify(t, testKeys, want, nil)
-}
-
-func TestVerifyKeys(t *testing.T) {
-	old := testKeys
-	rotated := keys{current: []byte("the key after the first rotation"), previous: old.current}
-	twice := keys{current: []byte("the key after one more rotation."), previous: rotated.current}
-	token := old.sign(testClaims())
-
-	checkVerify(t, otherKeys, token, errTokenInvalid)
-	checkVerify(t, keys{current: old.current, previous: otherKeys.current}, token, nil)
-	checkVerify(t, rotated, token, nil)
-	checkVerify(t, twice, token, errTokenInvalid)
-	checkVerify(t, twice, rotated.sign(testClaims()), nil)
-	checkVerify(t, old, rotated.sign(testClaims()), errTokenInvalid) // the previous key never signs
-
-	// Everybody can sign with an empty key, so a previous key that is missing verifies nothing.
-	unsigned := keys{current: []byte{}}.sign(testClaims())
-	checkVerify(t, keys{current: old.current}, unsigned, errTokenInvalid)
-	checkVerify(t, keys{current: old.current, previous: []byte{}}, unsigned, errTokenInvalid)
-
-	// Nobody without the key learns what else is wrong.
-	expired := testClaims()
-	expired.ExpiresAt = testNow.Unix()
-	checkVerify(t, rotated, old.sign(expired), errTokenExpired)
-	checkVerify(t, rotated, otherKeys.sign(expired), errTokenInvalid)
-}
-
 func TestVerifyForgeries(t *testing.T) {
 	good := testKeys.sign(testClaims())
 	parts := strings.Split(good, ".")
@@ -145,8 +107,8 @@ func TestVerifyForgeries(t *testing.T) {
 	}
 }
 
-// TestVerifyNonCanonicalBase64 holds that a token has one spelling. A second one would slip past
-// whoever compares tokens.
+// TestVerifyNonCanonicalBase64 checks that a token can be written in one way only. A second way
+// would slip past whoever compares tokens.
 func TestVerifyNonCanonicalBase64(t *testing.T) {
 	// The payloads of these emails leave no, two and four bits unused in their last character.
 	for _, email := range []string{"user@example.com", "user1@example.com", "user12@example.com"} {
@@ -228,18 +190,7 @@ func TestVerifyClaims(t *testing.T) {
 		whole+"x", whole+whole, "\ufeff"+whole, "["+whole+"]", "null", "{}")
 }
 
-func TestVerifySize(t *testing.T) {
-	for size, want := range map[int]error{4096: nil, 4097: errTokenInvalid} {
-		c := testClaims()
-		c.Email = strings.Repeat("x", 2700)
-		for len(testKeys.sign(c)) < size {
-			c.Email += "x"
-		}
-		checkVerify(t, testKeys, testKeys.sign(c), want)
-	}
-}
-
-// FuzzVerify holds that verify accepts nothing but what sign makes. To get past the signature, it
+// FuzzVerify checks that verify accepts nothing but what sign makes. To get past the signature, it
 // also signs what the fuzzer wrote. If verify accepts that, the claims must pass in any other
 // reader too.
 func FuzzVerify(f *testing.F) {

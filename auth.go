@@ -32,7 +32,7 @@ const (
 	// maxPasswordBytes is how much of a password bcrypt reads.
 	maxPasswordBytes = 72
 
-	// minPasswordBytes follows NIST SP 800-63B section 5.1.1.2, which asks for 8 characters.
+	// minPasswordBytes is 8 as in NIST SP 800-63B section 5.1.1.2, but in bytes and not characters.
 	minPasswordBytes = 8
 
 	// maxEmailBytes is the length of the longest address that SMTP can deliver to (RFC 5321 section
@@ -246,7 +246,7 @@ func outcomeOf(g grant, err error) refreshOutcome {
 	}
 }
 
-// logout ends the session that the caller's tokens name.
+// logout ends the session that the access token names or, without one, the cookie.
 func (a *auth) logout(w http.ResponseWriter, r *http.Request) error {
 	c, err := a.verifyEither(r)
 	if err != nil {

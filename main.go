@@ -11,23 +11,36 @@
 //
 // # A request
 //
-// A request passes observe, matchRoute, cors and rateLimit on its way to the mux. Then it passes
-// refuseCrossOrigin and, if its route needs an access token, requireAuth. The handler reads the
-// body, decides, asks the stores and answers. If it returns an error, handle answers that.
+// A request passes observe, matchRoute, cors, rateLimit and refuseUnknown. Then the mux calls the
+// route, where the request passes refuseCrossOrigin and, if it needs an access token, requireAuth.
+// The handler reads the body, decides, asks the stores and answers. If it returns an error, handle
+// answers that.
 //
 // # A session
 //
 // A session is a key in Redis that names the only refresh token it accepts. A refresh exchanges
 // that token for the next one in a single script. So of any number of simultaneous refreshes, on
-// any number of replicas, exactly one wins. If an exchanged token is shown again within the leeway,
-// two clients have raced, and the token is refused. If it is shown again later, it was stolen, and
-// the session ends. An access token names its session and is refused when that has ended. Only a
-// password opens a session, so a session that has ended never comes back.
+// any number of replicas, exactly one wins. If an exchanged token is used again within the leeway,
+// two clients have raced, and the token is refused. If it is used again later, it counts as stolen,
+// and the session ends. An access token names its session, and is refused when that has ended. A
+// session id is never used twice, so a session that has ended never comes back.
 //
-// A session is bound to a digest of the password hash that it was opened with. A login opens its
-// session while it holds a share lock on the user's row. A password change ends sessions while it
-// holds the exclusive lock on that row, so it leaves no session of the old password. If the hash
-// is changed in another way, for example by plain SQL, a session ends at its next refresh.
+// A session is bound to a digest of the password hash that it was opened with. A login takes a
+// share lock on the user's row, reads the hash again, and opens its session only if the hash is
+// still the one that the password matched. A password change ends the other sessions while it holds
+// the exclusive lock on that row, so it leaves no session of the old password. If the hash changes
+// in another way, for example by plain SQL, a session ends at its next refresh.
+//
+// # Words
+//
+//	shown     the refresh token in the request's cookie
+//	exchange  to replace a session's refresh token by the next one; a token works for one exchange
+//	leeway    the time after its exchange in which a token that is shown again counts as a race
+//	grant     a refresh token that a session accepts, with its times
+//	digest    a short form of a password hash; a session is bound to one
+//	stale     said of a password hash that has been replaced since it was read
+//	judge     to find out whether a password is right
+//	give back to take an event off a counter again
 //
 // # What is defended against
 //
@@ -182,9 +195,10 @@ const (
 	maxHeaderBytes = 16 << 10
 )
 
-// doubleThreads doubles GOMAXPROCS once, and returns how many processors the process can use. Go
-// lets a hashing goroutine keep its thread for 10 ms at a time. If there are twice as many threads
-// as processors, the kernel shares the processors, and prefers threads that have waited.
+// doubleThreads doubles GOMAXPROCS once, and returns how many processors the process can use.
+// Hashing may occupy as many threads as there are processors, and Go lets a hashing goroutine keep
+// its thread for 10 ms at a time. The other half of the threads is then still free for short
+// requests, and the kernel shares the processors fairly between all threads.
 var doubleThreads = sync.OnceValue(func() int {
 	n := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(2 * n)

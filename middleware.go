@@ -42,7 +42,7 @@ var (
 	errRateLimited          = errors.New("too many requests from this address")
 	errTooManyAttempts      = errors.New("too many failed logins")
 	errInternal             = errors.New("internal error")
-	errOverloaded           = errors.New("no hashing slot came free in time")
+	errOverloaded           = errors.New("no hashing slot in time, or too many requests wait")
 )
 
 // errorResponse is the response to an error.
@@ -53,8 +53,8 @@ type errorResponse struct {
 	message string
 }
 
-// errorResponses lists the response to every error. responseTo picks the first row whose err
-// matches. An error without a row is answered like errInternal.
+// errorResponses lists the responses to errors. responseTo picks the first row whose err matches.
+// An error without a row, such as errFault, is answered like errInternal.
 var errorResponses = []errorResponse{
 	{errInvalidJSON, 400, "invalid_json", "Request body is not a valid JSON object"},
 	{errValidation, 400, "validation_failed", "Validation failed"},
@@ -115,7 +115,7 @@ type errorAnswer struct {
 	Details    map[string]string `json:"details,omitempty"`
 }
 
-// writeError answers err and notes it for the log. The client learns the code and nothing else.
+// writeError answers err and notes it for the log. The client never learns the cause.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	info := infoOf(r)
 	info.err = err
@@ -353,7 +353,7 @@ func cut(text string) string {
 
 // matchRoute sets r.Pattern before the request reaches the mux, so that the log and the metrics
 // name the route of requests that are refused on the way. A path that the mux would redirect has no
-// route. No later step may copy the request, because observe reads the pattern in the end.
+// route. No later step may copy the request, because observe reads the pattern at the end.
 func matchRoute(mux *http.ServeMux) middleware {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

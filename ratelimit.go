@@ -27,8 +27,9 @@ const (
 	hostPrefixIPv6 = 64
 
 	// homePrefixIPv6 is the larger network that an address counts as when it guesses the password
-	// of one account. A home line usually gets this much, which is 256 networks of hosts: enough
-	// of them to lock the account for its owner.
+	// of one account. A home line usually gets a /56, which has 256 networks of /64. If each of
+	// those counted alone, one attacker could use up the limit of the whole account, and so lock
+	// out its owner.
 	homePrefixIPv6 = 56
 
 	// wideFactor times the limit for one account and one address is the limit for one account and
@@ -105,8 +106,8 @@ type loginLimiter struct {
 
 // take counts an attempt to log in to the account of email, whether or not the account exists. It
 // must be called before the password is checked, so that simultaneous attempts cannot exceed the
-// limit. It reports whether the attempt is allowed and, if not, how long to wait. An attempt that
-// is not allowed counts on none of the counters.
+// limit. It reports whether the attempt is allowed and, if not, how long to wait. In the end an
+// attempt that is not allowed counts on none of the counters.
 func (l *loginLimiter) take(
 	ctx context.Context,
 	email string,
@@ -125,8 +126,9 @@ func (l *loginLimiter) take(
 		return false, wait, nil
 	}
 
-	// The counter of the address lies in another slot. It comes second, so that attempts on an
-	// exhausted pair never touch it: other users of the address would be refused meanwhile.
+	// The counter of the address lies in another slot, so it takes a second step. If it came first,
+	// refused attempts on one account would for a moment use up the limit of everybody behind this
+	// address. An address holds at most its own pair's limit on an account in this way.
 	left, wait, err = l.window.take(ctx, limit{addressKey(ip), wideFactor * l.max})
 	if err == nil && left >= 0 {
 		return true, 0, nil

@@ -58,7 +58,8 @@ function command.take()
 end
 
 -- give_back takes events off each counter, as many as its number in ARGV. No counter falls below
--- zero.
+-- zero. If the window has ended since, it takes them off the next window, which allows one event
+-- more there.
 function command.give_back()
   for i, key in ipairs(KEYS) do
     if count(key) > argument(i) then

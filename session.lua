@@ -4,9 +4,9 @@
 -- the second in which the session expires. The keys of the sessions and of exchanged refresh
 -- tokens contain the same hash tag {<userId>}, so all of them lie in one slot of a Redis Cluster.
 --
--- ARGV[1] is the name of the command, and the rest are its parameters. Times are Unix seconds, or
--- milliseconds if the name ends in _ms. Lifetimes are seconds. The clock is the one of Redis, so
--- all replicas of the server have the same.
+-- ARGV[1] is the name of the command, and the rest are its parameters. Lifetimes are seconds. Times
+-- are Unix seconds, but created, used and exchanged are milliseconds, and so is every name that
+-- ends in _ms. The clock is the one of Redis, so all replicas of the server have the same.
 --
 -- store.go puts a first line before this text. With "#!lua" a Redis whose memory is full refuses
 -- to run the script at all, instead of failing in the middle. With "#!lua flags=allow-oom" it runs
@@ -47,7 +47,8 @@ local function remove(sid)
   return redis.call('DEL', session_key(sid))
 end
 
--- enter adds a session to the index, to expire at exp. The index lives as long as its last session.
+-- enter adds a session to the index, or moves it there, to expire at exp. The index itself expires
+-- with the session that expires last.
 local function enter(sid, exp)
   redis.call('ZADD', index, exp, sid)
   local last = redis.call('ZRANGE', index, -1, -1, 'WITHSCORES')
@@ -89,7 +90,7 @@ function command.start(sid, token, digest, refresh_ttl, session_ttl, ip, agent)
   return {'started', token, tostring(now), tostring(exp)}
 end
 
--- rotate replaces the refresh token shown by the token next. It returns the outcome:
+-- rotate replaces the session's refresh token `shown` by the token `next`. It returns the outcome:
 --
 --   rotated  the session accepts next from now on; the reply also has next, its iat and its exp
 --   resent   shown was exchanged last, within the leeway; the reply also has its successor
@@ -168,7 +169,7 @@ function command.revoke(sid)
   return remove(sid)
 end
 
--- revoke_all ends all sessions, and the caller's even if the index has lost it.
+-- revoke_all ends all sessions. It also ends the caller's session if the index has lost that.
 function command.revoke_all(caller)
   for _, sid in ipairs(redis.call('ZRANGE', index, 0, -1)) do
     remove(sid)

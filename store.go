@@ -50,8 +50,9 @@ var (
 	// errTheft is an errReused whose token was exchanged longer ago than the leeway.
 	errTheft = fmt.Errorf("%w, and longer ago than the leeway", errReused)
 
-	// errStale means that the password hash was replaced after it was read. The caller tries again
-	// with the new hash. If that fails several times, the request is answered with 503.
+	// errStale means that the password hash was replaced, or the user deleted, after the hash was
+	// read. A request tries again with the new hash. If that fails several times, it is answered
+	// with 503.
 	errStale = fmt.Errorf("%w: the password hash was replaced meanwhile", errUnavailable)
 )
 
@@ -289,7 +290,8 @@ func (s *store) deleteUser(ctx context.Context, u user, caller string) error {
 	})
 }
 
-// expectRow returns errStale if a statement matched no row, because the hash has been replaced.
+// expectRow returns errStale if a statement matched no row, because the hash has been replaced or
+// the user was deleted.
 func expectRow(operation string, tag pgconn.CommandTag, err error) error {
 	if err != nil {
 		return postgresError(operation, err)
@@ -397,8 +399,8 @@ func (s *store) startSession(ctx context.Context, u user, opened newSession) (gr
 }
 
 // refresh exchanges a refresh token. It returns the user and the token that replaces it. It returns
-// errEnded if the session has ended, errReused if the token was exchanged within the leeway, and
-// errTheft if it was exchanged before that, which has now ended the session.
+// errEnded if the session has ended or the user is gone, errReused if the token was exchanged
+// within the leeway, and errTheft if it was exchanged longer ago, which also ends the session.
 func (s *store) refresh(ctx context.Context, x exchange) (user, grant, error) {
 	// PostgreSQL comes first, so that no token is used up while it is down.
 	u, err := s.findUserByID(ctx, x.UserID)
@@ -436,7 +438,9 @@ func (s *store) refreshLocked(ctx context.Context, x exchange) (grant, error) {
 		return err
 	})
 	if g != (grant{}) {
-		return g, nil // the token was exchanged, and the commit only had to release the lock
+		// The token was exchanged. A commit that fails changes nothing about that: it only had to
+		// release the lock, and rotate opens no session.
+		return g, nil
 	}
 	return g, err
 }
@@ -501,7 +505,8 @@ func parseGrant(sessionID string, reply []string) (grant, error) {
 	}, nil
 }
 
-// checkSession returns errEnded if the user has no such session.
+// checkSession returns errEnded if the user has no such session. Its key is the session_key of
+// session.lua.
 func (s *store) checkSession(ctx context.Context, userID, sessionID string) error {
 	living, err := s.rdb.Exists(ctx, "session:{"+userID+"}:"+sessionID).Result()
 	if err != nil {
@@ -524,7 +529,7 @@ func (s *store) listSessions(ctx context.Context, userID string) ([]session, err
 		created, createdErr := strconv.ParseInt(f[1], 10, 64)
 		used, usedErr := strconv.ParseInt(f[2], 10, 64)
 		if err := errors.Join(createdErr, usedErr); err != nil {
-			return nil, fmt.Errorf("session.lua: %v", err)
+			return nil, fmt.Errorf("%w: session.lua: %v", errFault, err)
 		}
 		sessions = append(sessions, session{
 			ID:         f[0],
@@ -613,7 +618,7 @@ func migrate(ctx context.Context, database *pgx.ConnConfig, schema string) ([]mi
 	return inMigration(ctx, database, schema, applyMigrations)
 }
 
-// migrationStatus returns the steps of a schema and changes nothing.
+// migrationStatus returns the steps of a schema and leaves nothing changed.
 func migrationStatus(
 	ctx context.Context,
 	database *pgx.ConnConfig,

@@ -52,10 +52,10 @@ func flood(s *server, clients int) (stop func()) {
 	begun.Add(clients)
 	for range clients {
 		done.Go(func() {
-			first := sync.OnceFunc(begun.Done)
+			newClient(s).login()
+			begun.Done()
 			for !stopped.Load() {
 				newClient(s).login()
-				first()
 			}
 		})
 	}

@@ -17,9 +17,8 @@ import (
 )
 
 const (
-	// maxTokens bounds all production Go. A token is what go/scanner returns, comments and the
-	// semicolons that it inserts at the ends of lines not counted. So there is nothing to gain by
-	// putting more on a line, or by leaving a comment out.
+	// maxTokens bounds all production Go. Comments count nothing, and neither do the semicolons at
+	// the ends of lines. So there is nothing to gain by writing more on a line.
 	maxTokens = 18_000
 
 	// maxColumns is as much of a line as a reviewer sees side by side with its older version. A tab

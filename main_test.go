@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -27,7 +28,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 )
@@ -44,10 +44,11 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	code := 1
-	err := onServer("CREATE DATABASE " + testDatabase)
+	admin := os.Getenv("DATABASE_URL")
+	err := execute(admin, "CREATE DATABASE "+testDatabase)
 	if err == nil {
 		code = m.Run()
-		err = onServer("DROP DATABASE " + testDatabase + " WITH (FORCE)")
+		err = execute(admin, "DROP DATABASE "+testDatabase+" WITH (FORCE)")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -67,9 +68,6 @@ func execute(database, sql string, args ...any) error {
 	_, err = conn.Exec(ctx, sql, args...)
 	return err
 }
-
-// onServer executes SQL in the database of DATABASE_URL.
-func onServer(sql string) error { return execute(os.Getenv("DATABASE_URL"), sql) }
 
 // execSQL executes SQL behind the server's back.
 func execSQL(t testing.TB, database, sql string, args ...any) {
@@ -162,7 +160,6 @@ type server struct {
 	t         testing.TB
 	url       string
 	database  string
-	handler   http.Handler // of startApp
 	http      *http.Client
 	stop      func() error // does what SIGTERM does, and returns what run returned
 	listening chan string  // gets the server's port once it listens
@@ -172,24 +169,16 @@ type server struct {
 	log bytes.Buffer
 }
 
-// newTestServer returns a server that does not run yet.
-func newTestServer(t testing.TB, env map[string]string) *server {
-	return &server{
-		t:        t,
-		database: env["DATABASE_URL"],
-		http: &http.Client{
-			Transport: &http.Transport{MaxIdleConnsPerHost: 1000},
-			Timeout:   time.Minute,
-		},
-		listening: make(chan string, 1),
-	}
-}
-
 // start runs a server until the test ends, and then checks that it stopped well and what it logged.
 func start(t testing.TB, env map[string]string) *server {
 	t.Helper()
 	all := testEnvironment(env)
-	s := newTestServer(t, all)
+	s := &server{
+		t:         t,
+		database:  all["DATABASE_URL"],
+		http:      &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}},
+		listening: make(chan string, 1),
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- run(ctx, nil, lookup(all), s, io.Discard) }()
@@ -213,31 +202,21 @@ func start(t testing.TB, env map[string]string) *server {
 	return s
 }
 
-// startApp serves on a listener of the test's own what run would serve.
-func startApp(t testing.TB, listener net.Listener) *server {
+// newHandler returns what run would serve, for a test that calls it without a network.
+func newHandler(t testing.TB) http.Handler {
 	t.Helper()
-	env := testEnvironment(nil)
-	s := newTestServer(t, env)
-	cfg := newEnvironment(lookup(env)).config()
-	_, migrateErr := migrate(t.Context(), cfg.database.ConnConfig, schemaSQL)
+	cfg := newEnvironment(lookup(testEnvironment(nil))).config()
 	db, dbErr := pgxpool.NewWithConfig(context.Background(), cfg.database)
 	rdb := redis.NewUniversalClient(cfg.redis)
-	log := newLogger(cfg, s)
-	app, appErr := newApp(cfg, log, db, rdb)
-	if err := errors.Join(migrateErr, dbErr, appErr); err != nil {
+	app, appErr := newApp(cfg, newLogger(cfg, io.Discard), db, rdb)
+	if err := errors.Join(dbErr, appErr); err != nil {
 		t.Fatal(err)
 	}
-	s.handler = app.handler
-	s.url = "http://" + listener.Addr().String()
-	httpServer := newServer(app.handler, log)
-	go func() { _ = httpServer.Serve(listener) }()
 	t.Cleanup(func() {
-		httpServer.Close()
 		db.Close()
 		rdb.Close()
-		s.checkLog()
 	})
-	return s
+	return app.handler
 }
 
 // replicas starts two servers on the same stores.
@@ -251,9 +230,9 @@ func portOf(address string) string {
 }
 
 // listenLocally returns a listener on a free port.
-func listenLocally(t testing.TB) *net.TCPListener {
+func listenLocally(t testing.TB) net.Listener {
 	t.Helper()
-	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -287,8 +266,7 @@ var failedRequest = regexp.MustCompile(`level=ERROR msg=request .* status=(5\d\d
 // checkLog fails the test if the log has a secret, an error that the test has not provoked, or a
 // failed request without its cause. All tokens begin with eyJ.
 func (s *server) checkLog() {
-	secrets := []string{"eyJ", emailMark, passwordMark}
-	secrets = slices.AppendSeq(secrets, maps.Values(testSecrets))
+	secrets := append(slices.Collect(maps.Values(testSecrets)), "eyJ", "@example.test", "hunter2")
 	for _, name := range []string{"DATABASE_URL", "REDIS_URL"} {
 		if u, err := url.Parse(os.Getenv(name)); err == nil {
 			password, _ := u.User.Password()
@@ -321,19 +299,14 @@ type client struct {
 	cookie   string // the refresh token; none is sent if it is empty
 }
 
-// Each email and each password has its mark, to be found in the log.
-const (
-	emailMark    = "@example.test"
-	passwordMark = "hunter2"
-)
-
-// newClient returns a user who has not signed up yet.
+// newClient returns a user who has not signed up yet. checkLog knows its email and its password by
+// the parts that are not random.
 func newClient(s *server) *client {
 	return &client{
 		t:        s.t,
 		s:        s,
-		email:    strings.ToLower(rand.Text()) + emailMark,
-		password: passwordMark + " " + rand.Text(),
+		email:    strings.ToLower(rand.Text()) + "@example.test",
+		password: "hunter2 " + rand.Text(),
 	}
 }
 
@@ -345,25 +318,19 @@ func signedUp(s *server) *client {
 	return c
 }
 
-// tab returns another tab of the same browser, with the same tokens until one of the two refreshes.
-func (c *client) tab() *client {
-	d := *c
-	return &d
+// at returns another tab of the same browser, which asks this server. It has the same tokens until
+// one of the two refreshes.
+func (c *client) at(s *server) *client {
+	tab := *c
+	tab.s = s
+	return &tab
 }
 
-// at returns a tab at another server.
-func (c *client) at(s *server) *client {
-	d := c.tab()
-	d.s = s
-	return d
-}
+func (c *client) tab() *client { return c.at(c.s) }
 
 // device returns the same user at another device, not logged in.
 func (c *client) device() *client {
-	d := c.tab()
-	d.access = ""
-	d.cookie = ""
-	return d
+	return &client{t: c.t, s: c.s, email: c.email, password: c.password}
 }
 
 // loggedIn returns the same user at another device, logged in.
@@ -423,9 +390,7 @@ func (c *client) changePassword(newPassword string) response {
 // renewPassword changes the password to the same one, which is a change like any other.
 func (c *client) renewPassword() response { return c.changePassword(c.password) }
 
-func (c *client) credentials() object {
-	return object{"email": c.email, "password": c.password}
-}
+func (c *client) credentials() object { return object{"email": c.email, "password": c.password} }
 
 // object is a JSON object of strings.
 type object map[string]string
@@ -465,9 +430,7 @@ func (c *client) do(method, path string, body object, headers ...string) respons
 		c.t.Error(err)
 		return response{}
 	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-	}
+	req.Header.Set("Content-Type", "application/json")
 	if c.access != "" {
 		req.Header.Set("Authorization", "Bearer "+c.access)
 	}
@@ -568,8 +531,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 // proxy stands between a server and a store, on real connections, and breaks them.
 type proxy struct {
 	url      string // of the store, through the proxy
-	network  string
-	target   string
+	store    string // the store's host and port
 	listener net.Listener
 
 	requests atomic.Int64 // what the server has sent, in pieces
@@ -581,19 +543,18 @@ type proxy struct {
 	conns []net.Conn
 }
 
-// newProxy returns a proxy before a store whose URL is given.
-func newProxy(t testing.TB, network, target, storeURL string) *proxy {
+// newProxy returns a proxy before a store whose URL is given, with the port where it has none.
+func newProxy(t testing.TB, storeURL, defaultPort string) *proxy {
 	t.Helper()
 	u, err := url.Parse(storeURL)
 	if err != nil {
 		t.Fatal("the URL of a store is no URL")
 	}
-	p := &proxy{network: network, target: target, listener: listenLocally(t)}
+	p := &proxy{
+		store:    net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), defaultPort)),
+		listener: listenLocally(t),
+	}
 	u.Host = p.listener.Addr().String()
-	query := u.Query()
-	query.Del("host") // the folder of a Unix socket
-	query.Del("port")
-	u.RawQuery = query.Encode()
 	p.url = u.String()
 	go func() {
 		for {
@@ -609,26 +570,13 @@ func newProxy(t testing.TB, network, target, storeURL string) *proxy {
 }
 
 // postgresProxy returns a proxy before the shared database.
-func postgresProxy(t testing.TB) *proxy {
-	t.Helper()
-	database := databaseURL(testDatabase)
-	config, err := pgconn.ParseConfig(database)
-	if err != nil {
-		t.Fatal("DATABASE_URL cannot be read")
-	}
-	network, target := pgconn.NetworkAddress(config.Host, config.Port)
-	return newProxy(t, network, target, database)
-}
+func postgresProxy(t testing.TB) *proxy { return newProxy(t, databaseURL(testDatabase), "5432") }
 
 // redisProxy returns a proxy before Redis.
-func redisProxy(t testing.TB) *proxy {
-	t.Helper()
-	options := redisClient(t).Options()
-	return newProxy(t, options.Network, options.Addr, os.Getenv("REDIS_URL"))
-}
+func redisProxy(t testing.TB) *proxy { return newProxy(t, os.Getenv("REDIS_URL"), "6379") }
 
 func (p *proxy) serve(client net.Conn) {
-	store, err := net.Dial(p.network, p.target)
+	store, err := net.Dial("tcp", p.store)
 	if err != nil {
 		client.Close()
 		return

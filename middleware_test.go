@@ -30,8 +30,8 @@ func serveError(t *testing.T, h handlerFunc) (*httptest.ResponseRecorder, map[st
 	return w, line
 }
 
-// TestErrorResponses holds that each error is answered as the contract says, also if it is wrapped,
-// and that the cause is told to the log and to nobody else.
+// TestErrorResponses checks that each error has its answer, also if it is wrapped, and that the
+// cause is told to the log and to nobody else.
 func TestErrorResponses(t *testing.T) {
 	seen := map[string]bool{}
 	for _, test := range []struct {
@@ -70,20 +70,13 @@ func TestErrorResponses(t *testing.T) {
 		for _, err := range []error{test.err, fmt.Errorf("the cause: %w", test.err)} {
 			w, line := serveError(t, func(http.ResponseWriter, *http.Request) error { return err })
 			var answer errorAnswer
-			if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil {
-				t.Fatal(err)
-			}
-			if w.Code != test.status || answer.StatusCode != w.Code || answer.Code != test.code {
+			_ = json.Unmarshal(w.Body.Bytes(), &answer)
+			if w.Code != test.status || answer.Code != test.code || answer.Error == "" ||
+				strings.Contains(w.Body.String(), "the cause") {
 				t.Errorf("%v is answered %d %s", err, w.Code, w.Body)
 			}
-			if answer.Error == "" || strings.Contains(w.Body.String(), "the cause") {
-				t.Errorf("%v is told to the client: %s", err, w.Body)
-			}
 			if got, _ := line["error"].(string); (got == err.Error()) != (test.status >= 500) {
-				t.Errorf("%v is logged as %q", err, got)
-			}
-			if line["code"] != test.code || line["requestId"] != answer.RequestID {
-				t.Errorf("%v is answered %+v and logged as %v", err, answer, line)
+				t.Errorf("%v is logged as %v", err, line)
 			}
 		}
 	}
@@ -94,7 +87,7 @@ func TestErrorResponses(t *testing.T) {
 	}
 }
 
-// TestRetryAfter holds that a client that waits as long as it is told is not refused again.
+// TestRetryAfter checks that a client that waits as long as it is told is not refused again.
 func TestRetryAfter(t *testing.T) {
 	for wait, want := range map[time.Duration]string{0: "1", 1e9: "1", 1e9 + 1: "2"} {
 		if got := wholeSeconds(wait); got != want {
@@ -103,14 +96,12 @@ func TestRetryAfter(t *testing.T) {
 	}
 }
 
-// TestPanic holds that a panic is an internal error. The log has the cause and the stack.
+// TestPanic checks that a panic is an internal error. The log has the cause and the stack.
 func TestPanic(t *testing.T) {
 	w, line := serveError(t, func(http.ResponseWriter, *http.Request) error { panic("the cause") })
-	if w.Code != 500 || !strings.Contains(w.Body.String(), `"code":"internal"`) {
-		t.Errorf("a panic is answered %d %s", w.Code, w.Body)
-	}
-	if strings.Contains(w.Body.String(), "the cause") {
-		t.Errorf("the cause is told: %s", w.Body)
+	body := w.Body.String()
+	if w.Code != 500 || !strings.Contains(body, `"internal"`) || strings.Contains(body, "cause") {
+		t.Errorf("a panic is answered %d %s", w.Code, body)
 	}
 	logged, _ := line["error"].(string)
 	if !strings.Contains(logged, "the cause") || !strings.Contains(logged, "middleware_test.go:") {
@@ -120,6 +111,7 @@ func TestPanic(t *testing.T) {
 
 // Requests
 
+// TestClientIP has the edges. The usual cases are tested in contract/.
 func TestClientIP(t *testing.T) {
 	trusted := []netip.Prefix{
 		netip.MustParsePrefix("10.0.0.0/8"),
@@ -133,21 +125,14 @@ func TestClientIP(t *testing.T) {
 		forwarded string // lines of the header, with "|" between them
 		want      string
 	}{
+		// The header is read from the right, past hops that are trusted.
 		{proxy, "", "10.0.0.1"},
-		{"203.0.113.9:80", "198.51.100.1", "203.0.113.9"}, // the peer is not trusted
-		{proxy, "198.51.100.1", "198.51.100.1"},
 		{"192.0.2.7:1", "198.51.100.1", "198.51.100.1"},
 		{"192.0.2.8:1", "198.51.100.1", "192.0.2.8"},
-		{proxy, "198.51.100.1, 198.51.100.2", "198.51.100.2"}, // read from the right
-		{proxy, "198.51.100.1, 198.51.100.2, 10.9.9.9,10.8.8.8", "198.51.100.2"},
 		{proxy, "10.3.3.3, 10.2.2.2", "10.3.3.3"},
-		{proxy, "198.51.100.1, 198.51.100.2|10.2.2.2", "198.51.100.2"},
-		{proxy, "198.51.100.1,\t198.51.100.2\t , 10.2.2.2 ", "198.51.100.2"},
+		{proxy, "198.51.100.1,\t198.51.100.2\t ,10.3.3.3|10.2.2.2 ", "198.51.100.2"},
 
 		// What cannot be read ends the search.
-		{proxy, "198.51.100.1, unknown", "10.0.0.1"},
-		{proxy, "198.51.100.1, unknown, 10.2.2.2", "10.2.2.2"},
-		{proxy, "unknown, 198.51.100.1", "198.51.100.1"},
 		{proxy, "198.51.100.1,", "10.0.0.1"},
 		{proxy, "198.51.100.1,,10.2.2.2", "10.2.2.2"},
 		{proxy, "198.51.100.1|", "10.0.0.1"},
@@ -157,11 +142,9 @@ func TestClientIP(t *testing.T) {
 		{proxy, "\u00a0198.51.100.1", "10.0.0.1"},
 
 		// One host has one spelling.
-		{proxy, "2001:DB8::1", "2001:db8::1"},
 		{"[::ffff:10.0.0.1]:80", "198.51.100.1", "198.51.100.1"},
 		{"[::ffff:203.0.113.9]:80", "198.51.100.1", "203.0.113.9"},
-		{proxy, "::ffff:198.51.100.1", "198.51.100.1"},
-		{proxy, "198.51.100.1, ::ffff:10.2.2.2", "198.51.100.1"},
+		{proxy, "::ffff:198.51.100.1, ::ffff:10.2.2.2", "198.51.100.1"},
 		{"[fe80::1%eth0]:80", "", "fe80::1"},
 		{proxy, "2001:db8::1%25", "2001:db8::1"},
 		{proxy, "198.51.100.1, fe80::2%eth1", "198.51.100.1"},
@@ -170,14 +153,10 @@ func TestClientIP(t *testing.T) {
 		if got := clientIP(test.peer, forwarded, trusted); got.String() != test.want {
 			t.Errorf("clientIP(%q, %q) = %v, want %s", test.peer, forwarded, got, test.want)
 		}
-		alone := clientIP(test.peer, nil, trusted)
-		if got := clientIP(test.peer, forwarded, nil); got != alone {
-			t.Errorf("clientIP(%q, %q) = %v, but nobody is trusted", test.peer, forwarded, got)
-		}
 	}
 }
 
-// FuzzClientIP holds that the client is the peer or, if the peer is trusted, an address that the
+// FuzzClientIP checks that the client is the peer or, if the peer is trusted, an address that the
 // header names.
 func FuzzClientIP(f *testing.F) {
 	f.Add("10.0.0.1:80", "198.51.100.1, 10.0.0.2", "10.0.0.0/8")
@@ -211,24 +190,21 @@ func FuzzClientIP(f *testing.F) {
 
 // Metrics
 
-// TestHistogram holds that each bucket counts all durations up to its bound, those of the smaller
-// buckets included, and that methods which clients make up share one series.
+// TestHistogram checks that each bucket counts all durations up to its bound, those of the smaller
+// buckets included.
 func TestHistogram(t *testing.T) {
 	m := newMetrics(func() []sample { return nil })
 	m.countRequest("GET", "GET /x", 200, time.Millisecond) // on a bound
+	m.countRequest("GET", "GET /x", 200, 2*time.Millisecond)
 	m.countRequest("GET", "GET /x", 200, 30*time.Millisecond)
-	m.countRequest("BREW", "GET /x", 405, time.Minute)
-	m.countRequest("TEA", "GET /x", 405, 2*time.Millisecond)
+	m.countRequest("GET", "GET /x", 200, time.Minute)
 	w := httptest.NewRecorder()
 	m.ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
 	for _, line := range []string{
-		`latchkey_http_requests_total{route="GET /x",method="GET",status="200"} 2`,
-		`latchkey_http_requests_total{route="GET /x",method="other",status="405"} 2`,
-		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="0.001"} 1`,
-		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="0.0025"} 2`,
-		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="0.05"} 3`,
-		`latchkey_http_request_duration_seconds_bucket{route="GET /x",le="+Inf"} 4`,
-		`latchkey_http_request_duration_seconds_count{route="GET /x"} 4`,
+		`bucket{route="GET /x",le="0.001"} 1`,
+		`bucket{route="GET /x",le="0.0025"} 2`,
+		`bucket{route="GET /x",le="0.05"} 3`,
+		`bucket{route="GET /x",le="+Inf"} 4`,
 	} {
 		if !strings.Contains(w.Body.String(), line+"\n") {
 			t.Errorf("no line %s in\n%s", line, w.Body)

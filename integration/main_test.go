@@ -12,7 +12,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -21,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -50,6 +50,14 @@ func (v vars) with(more vars) vars {
 	return all
 }
 
+// list returns the variables in the form of os.Environ.
+func (v vars) list() (lines []string) {
+	for name, value := range v {
+		lines = append(lines, name+"="+value)
+	}
+	return lines
+}
+
 // home is what TestMain prepares for all tests.
 var home struct {
 	binary      string // an executable that runs the image
@@ -59,65 +67,46 @@ var home struct {
 }
 
 func TestMain(m *testing.M) {
-	code, err := prepareAndRun(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "integration:", err)
-		code = 1
-	}
-	os.Exit(code)
+	os.Exit(prepareAndRun(m))
 }
 
-type quiet struct{}
+// check panics on an error, so that what was deferred still stops the containers.
+func check(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
 
-func (quiet) Printf(string, ...any) {}
-
-func prepareAndRun(m *testing.M) (code int, err error) {
-	tclog.SetDefault(quiet{}) // what the containers do is no result
+func prepareAndRun(m *testing.M) (code int) {
+	tclog.SetDefault(tclog.NewNoopLogger()) // what the containers do is no result
 	ctx := context.Background()
-	build := exec.Command("docker", "build", "--tag", image, "..")
-	if out, err := build.CombinedOutput(); err != nil {
-		return 1, fmt.Errorf("docker build: %w\n%s", err, tail(string(out), 30))
+	out, err := exec.Command("docker", "build", "--tag", image, "..").CombinedOutput()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "docker build:", err, tail(string(out), 30))
+		return 1
 	}
 	dir, err := os.MkdirTemp("", "latchkey-integration-")
-	if err != nil {
-		return 1, err
-	}
+	check(err)
 	defer os.RemoveAll(dir)
 	home.binary = filepath.Join(dir, "latchkey")
-	if err := os.WriteFile(home.binary, []byte(wrapper()), 0o755); err != nil {
-		return 1, err
-	}
+	check(os.WriteFile(home.binary, []byte(wrapper()), 0o755))
+
 	home.postgres, err = postgres.Run(ctx, postgresImage,
 		postgres.WithUsername("latchkey"), postgres.WithPassword("password-of-the-tests"),
 		postgres.BasicWaitStrategies(),
 		testcontainers.WithCmdArgs("-c", "fsync=off", "-c", "max_connections=500"))
-	defer func() { err = errors.Join(err, testcontainers.TerminateContainer(home.postgres)) }()
-	if err != nil {
-		return 1, err
-	}
+	defer func() { check(testcontainers.TerminateContainer(home.postgres)) }()
+	check(err)
+	home.databaseURL, err = home.postgres.ConnectionString(ctx, "sslmode=disable")
+	check(err)
+
 	store, err := redis.Run(ctx, redisImage,
 		testcontainers.WithCmd("redis-server", "--databases", "100", "--save", ""))
-	defer func() { err = errors.Join(err, testcontainers.TerminateContainer(store)) }()
-	if err != nil {
-		return 1, err
-	}
-	if home.databaseURL, err = home.postgres.ConnectionString(ctx, "sslmode=disable"); err != nil {
-		return 1, err
-	}
-	if home.redisURL, err = store.ConnectionString(ctx); err != nil {
-		return 1, err
-	}
-	// A name like postgres:17-alpine may be a stand-in, on a machine without a registry.
-	for name, c := range map[string]testcontainers.Container{
-		"postgres": home.postgres, "redis-server": store,
-	} {
-		version, err := execute(ctx, c, name, "--version")
-		if err != nil {
-			return 1, err
-		}
-		fmt.Printf("integration: %s is %s\n", name, strings.TrimSpace(version))
-	}
-	return m.Run(), nil
+	defer func() { check(testcontainers.TerminateContainer(store)) }()
+	check(err)
+	home.redisURL, err = store.ConnectionString(ctx)
+	check(err)
+	return m.Run()
 }
 
 // wrapper is a script that runs the image in the network of the host, locked in, as if it were a
@@ -160,10 +149,7 @@ func runSuite(t *testing.T, more vars, args ...string) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "go", append([]string{"test", "-count=1"}, args...)...)
 	cmd.Dir = "../contract"
-	cmd.Env = os.Environ()
-	for name, value := range more {
-		cmd.Env = append(cmd.Env, name+"="+value)
-	}
+	cmd.Env = append(os.Environ(), more.list()...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("go test -C contract: %v\n%s", err, out)
@@ -184,13 +170,12 @@ func TestContract(t *testing.T) {
 // freePort is a port of 127.0.0.1 that nobody listens on right now.
 func freePort(t *testing.T) string {
 	t.Helper()
-	l := listen(t)
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return port
+	defer l.Close()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
 }
 
 var databases atomic.Int64
@@ -218,11 +203,9 @@ func serve(t *testing.T, more vars) string {
 		"REDIS_URL":       fmt.Sprintf("%s/%d", home.redisURL, n),
 		"TRUSTED_PROXIES": "127.0.0.0/8",
 	}.with(secrets).with(more)
-	cmd := exec.Command(home.binary)
-	for name, value := range env {
-		cmd.Env = append(cmd.Env, name+"="+value)
-	}
 	var log bytes.Buffer
+	cmd := exec.Command(home.binary)
+	cmd.Env = env.list()
 	cmd.Stdout = &log
 	cmd.Stderr = &log
 	if err := cmd.Start(); err != nil {
@@ -257,18 +240,20 @@ func eventually(t *testing.T, within time.Duration, what string, holds func() bo
 
 // A user of the API, with the tokens of one session.
 type user struct {
-	t        *testing.T
-	api      string
-	ip       string
-	email    string
-	password string
-	access   string
-	refresh  string
+	t           *testing.T
+	api         string
+	ip          string
+	credentials map[string]string
+	access      string
+	refresh     string
 }
 
 func newUser(t *testing.T, api string) *user {
-	email := rand.Text() + "@example.com"
-	return &user{t: t, api: api, ip: newIP(), email: email, password: rand.Text()}
+	credentials := map[string]string{
+		"email":    rand.Text() + "@example.com",
+		"password": rand.Text(),
+	}
+	return &user{t: t, api: api, ip: newIP(), credentials: credentials}
 }
 
 var addresses atomic.Int64
@@ -281,7 +266,6 @@ func newIP() string {
 // A reply is what the API answers.
 type reply struct {
 	status int
-	header http.Header
 	body   struct {
 		Code        string
 		AccessToken string
@@ -291,12 +275,9 @@ type reply struct {
 }
 
 // send sends a request with the user's tokens, and keeps those that it gets.
-func (u *user) send(method, path string, body any) reply {
+func (u *user) send(method, path string, body map[string]string) reply {
 	u.t.Helper()
-	encoded, err := json.Marshal(body)
-	if err != nil {
-		u.t.Fatal(err)
-	}
+	encoded, _ := json.Marshal(body)
 	req, err := http.NewRequest(method, u.api+path, bytes.NewReader(encoded))
 	if err != nil {
 		u.t.Fatal(err)
@@ -310,7 +291,7 @@ func (u *user) send(method, path string, body any) reply {
 		u.t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	r := reply{status: resp.StatusCode, header: resp.Header}
+	r := reply{status: resp.StatusCode}
 	if err := json.NewDecoder(resp.Body).Decode(&r.body); err != nil {
 		u.t.Fatalf("%s %s: %d: %v", method, path, r.status, err)
 	}
@@ -324,7 +305,7 @@ func (u *user) send(method, path string, body any) reply {
 }
 
 // must is send for what has to succeed.
-func (u *user) must(method, path string, body any) reply {
+func (u *user) must(method, path string, body map[string]string) reply {
 	u.t.Helper()
 	r := u.send(method, path, body)
 	if r.status/100 != 2 {
@@ -333,16 +314,12 @@ func (u *user) must(method, path string, body any) reply {
 	return r
 }
 
-func (u *user) credentials() map[string]string {
-	return map[string]string{"email": u.email, "password": u.password}
-}
-
 // login opens another session of the same user.
 func (u *user) login() *user {
 	u.t.Helper()
 	other := *u
 	other.ip = newIP()
-	other.must("POST", "/auth/login", other.credentials())
+	other.must("POST", "/auth/login", other.credentials)
 	return &other
 }
 

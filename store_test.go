@@ -262,10 +262,10 @@ func TestSlowCommit(t *testing.T) {
 					defer done.Store(true)
 					return test.change(c)
 				}
-				for n := 0; !done.Load() && n < 50; n++ { // a 101st session would end the first
+				for ; !done.Load(); time.Sleep(10 * time.Millisecond) {
 					if i == 1 {
 						tab.refresh()
-					} else {
+					} else if len(devices) < 50 { // a 101st session would end the first
 						devices = append(devices, c.at(servers[1]).device())
 						devices[len(devices)-1].login()
 					}

@@ -106,6 +106,14 @@ func prepareAndRun(m *testing.M) (code int) {
 	check(err)
 	home.redisURL, err = store.ConnectionString(ctx)
 	check(err)
+	// Without a registry, an image with one of these names may be a stand-in.
+	for name, c := range map[string]testcontainers.Container{
+		"postgres": home.postgres, "redis-server": store,
+	} {
+		version, err := execute(ctx, c, name, "--version")
+		check(err)
+		fmt.Printf("integration: %s is %s\n", name, strings.TrimSpace(version))
+	}
 	return m.Run()
 }
 

@@ -34,8 +34,8 @@ func testClaims() claims {
 
 func encode(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
 
-// signText returns a token of "header.payload" with its right signature. It shares no code with what
-// it tests.
+// signText returns a token of "header.payload" with its right signature. It shares no code with
+// what it tests.
 func signText(signed string) string { return signWith(sha256.New, signed) }
 
 func signWith(newHash func() hash.Hash, signed string) string {

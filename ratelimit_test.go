@@ -16,7 +16,7 @@ func randomAddr() netip.Addr {
 	return netip.AddrFrom16([16]byte([]byte(rand.Text())))
 }
 
-// TestUnjudgedAttempt holds that an attempt to log in counts nowhere if hashing is saturated. What
+// TestUnjudgedAttempt checks that an attempt to log in counts nowhere if hashing is saturated. What
 // is given back when its window has ended leaves no counter below zero, which would allow more.
 func TestUnjudgedAttempt(t *testing.T) {
 	h := newTestHasher(t)
@@ -49,7 +49,7 @@ func TestUnjudgedAttempt(t *testing.T) {
 	judge(errInvalidCredentials, 3)
 }
 
-// TestLostReplyIsCountedOnce holds that neither of the two kinds of client sends a command again
+// TestLostReplyIsCountedOnce checks that neither of the two kinds of client sends a command again
 // whose reply was lost.
 func TestLostReplyIsCountedOnce(t *testing.T) {
 	p := redisProxy(t)

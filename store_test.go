@@ -170,8 +170,8 @@ func TestEverythingAtOnce(t *testing.T) {
 	}
 }
 
-// TestCapRace checks that a user who has the most sessions that there may be, and logs in many times
-// at once, has as many afterwards, the new ones among them.
+// TestCapRace lets a user who has the most sessions that there may be log in many times at once.
+// Afterwards there are as many, the new ones among them.
 func TestCapRace(t *testing.T) {
 	servers := replicas(t, nil)
 	short := start(t, map[string]string{"REFRESH_TOKEN_TTL": "1h"}) // these would expire first
@@ -287,8 +287,8 @@ func TestSlowCommit(t *testing.T) {
 	}
 }
 
-// TestOversizedIndex lets a user have more sessions than there may be, from another version perhaps.
-// The next login cuts their number, and a password change or a revocation ends all of them.
+// TestOversizedIndex lets a user have more sessions than there may be, perhaps from another
+// version. The next login cuts their number, and a password change or a revocation ends them all.
 func TestOversizedIndex(t *testing.T) {
 	s := start(t, nil)
 	fill := redis.NewScript(`
@@ -341,8 +341,8 @@ func TestLostReplies(t *testing.T) {
 	}
 }
 
-// TestPostgresOutage checks that without PostgreSQL no refresh token is used up, and that what needs
-// only Redis goes on.
+// TestPostgresOutage checks that without PostgreSQL no refresh token is used up, and that what
+// needs only Redis goes on.
 func TestPostgresOutage(t *testing.T) {
 	p := postgresProxy(t)
 	s := start(t, map[string]string{"DATABASE_URL": p.url})

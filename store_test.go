@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"maps"
@@ -13,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
 )
@@ -363,6 +365,24 @@ func TestPostgresOutage(t *testing.T) {
 			wantDead(t, []*server{s}, revoked, leaving)
 		})
 	}
+}
+
+// TestLockedRow lets another program hold the row of a user. A login must not wait for ever.
+func TestLockedRow(t *testing.T) {
+	s := start(t, nil)
+	s.expects = 503
+	c := signedUp(s)
+	conn, err := pgx.Connect(t.Context(), s.database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close(context.Background()) })
+	lock := "BEGIN; SELECT FROM users WHERE email = '" + c.email + "' FOR UPDATE"
+	if _, err := conn.Exec(t.Context(), lock); err != nil {
+		t.Fatal(err)
+	}
+	want(t, c.device().login(), 503, "unavailable")
+	want(t, c.me(), 200, "")
 }
 
 // TestRedisOutage checks that without Redis nothing is let through unchecked and nothing changed.

@@ -109,6 +109,8 @@ var browserPromises = []promise{
 		}
 	}},
 	{"OPTIONS that is no preflight is an ordinary request", aURL, func(s *server) {
+		resp, err := s.raw("OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")
+		s.expect(err == nil && resp.StatusCode == 404, "OPTIONS *: %v (%v), want 404", resp, err)
 		for _, r := range []request{
 			to("OPTIONS /auth/login"),
 			to("OPTIONS /auth/login").from(s.origins()[0]),

@@ -130,7 +130,10 @@ func adopts(s *server) {
 	hash := strings.Replace(bcryptHash(password, 10), "$2a$", "$2b$", 1) // as Node calls the same
 	s.exec(`INSERT INTO users (email, password_hash, created_at) VALUES
 		('Ada.Lovelace`+strings.ToUpper(emailMark)+`', $1, '2024-03-10 02:30:00.123')`, hash)
-	s = s.startOn(s.stores, env{"DATABASE_URL": s.stores.databaseURL + "&TimeZone=Asia/Tokyo"})
+	s = s.startOn(s.stores, env{
+		"DATABASE_URL":    s.stores.databaseURL + "&TimeZone=Asia/Tokyo",
+		"LOGIN_LIMIT_MAX": "1",
+	})
 
 	c := s.newUser()
 	c.email, c.password = " ada.lovelace"+strings.ToUpper(emailMark), password
@@ -150,6 +153,9 @@ func adopts(s *server) {
 		pg_typeof(created_at) FROM users WHERE id = $1`, fresh.id)
 	s.expect(row == "true timestamp without time zone",
 		"the new row's created_at is now in UTC: %s", row)
+	c.deleteAccount(password).refused("invalid_credentials")
+	c.tryLogin().refused("too_many_attempts") // it is one account, in whatever case it is written
+	c = c.elsewhere()
 	c.deleteAccount(next).ok()
 }
 

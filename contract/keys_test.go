@@ -126,6 +126,11 @@ var keyPromises = []promise{
 					s.evict(slices.Collect(maps.Keys(counters))...)
 				}
 			}
+			s.fails(10, c.email, c.ip)
+			pair := s.accountKey(c.ip) + ":" + c.ip
+			s.stores.redis.Persist(s.Context(), pair)
+			s.guess(c.email, c.ip).refused("too_many_attempts")
+			s.lasts(pair, s.duration("LOGIN_LIMIT_WINDOW")) // also where it refuses
 		}},
 	{"an IPv6 address is its /64 in rate-limit:{<ip>}", stored, func(s *server) {
 		net := newIPv6Net()
@@ -190,6 +195,7 @@ func atMost100(s *server) {
 	n = len(s.keys("session:{" + c.id + "}:*"))
 	s.expect(n == 100, "%d sessions are kept, want 100", n)
 	late.lives()
+	s.lasts(c.indexKey(), s.duration("REFRESH_TOKEN_TTL")) // as long as the longest session
 }
 
 // emptyRedis is the URL of an empty database of the same Redis.

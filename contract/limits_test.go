@@ -203,6 +203,14 @@ var loginLimitPromises = []promise{
 			c.elsewhere().tryLogin().lockedFor(s.duration("LOGIN_LIMIT_WINDOW"))
 			c.lives()
 		}},
+	{"where two limits refuse, the longer one says how long to wait", own, func(s *server) {
+		s = s.loginLimit(1)
+		c := s.signup()
+		s.fails(1, c.email, c.ip)
+		account := s.accountKey(c.ip)
+		s.stores.redis.Set(s.Context(), account, 10, 5*time.Second)
+		c.tryLogin().lockedFor(900 * time.Second)
+	}},
 	{"ten times the limit from one IP over all accounts, then no account helps", own,
 		func(s *server) {
 			s = s.loginLimit(2)

@@ -55,6 +55,7 @@ func (s *server) assertFreeOfSecrets(log string) {
 var logPromises = []promise{
 	{"one JSON line per request, with user and session where known, and an error's code", own,
 		logsRequests},
+	{"LOG_LEVEL leaves out the lines below it", own, logsFromLevel},
 	{"never a password, a token, a cookie, a secret or an email address", own, func(s *server) {
 		// Every server's log is searched at its end; here is what has the best chance to be in it.
 		s = s.start(production.with(env{"LOG_LEVEL": "debug"}))
@@ -115,6 +116,12 @@ var logPromises = []promise{
 	}},
 }
 
+func logsFromLevel(s *server) {
+	s = s.start(production.with(env{"LOG_LEVEL": "warn"}))
+	s.send(get("/auth/me")).refused("missing_token")
+	s.expect(!strings.Contains(s.log(), "request"), "LOG_LEVEL=warn logs\n%s", s.log())
+}
+
 func logsRequests(s *server) {
 	s = s.start(production)
 	c := s.signup()
@@ -156,4 +163,7 @@ func logsRequests(s *server) {
 		s.expect(ok && ms > 0 && ms <= 60_000, "%s: durationMs is %v", a, line["durationMs"])
 		s.isNow(fmt.Sprint(line["time"]))
 	}
+	line := s.logLine(s.guess(c.email, newIP()))
+	s.expect(line["userId"] == c.id && line["sessionId"] == nil,
+		"a failed login on an account is logged as %v", line)
 }

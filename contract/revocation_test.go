@@ -51,6 +51,20 @@ var revocationPromises = []promise{
 			race(s, (*client).tryLogin, "ended by a change", "ended by a deletion")
 		}},
 	{"of two simultaneous changes of the password one is made", own, twoChanges},
+	{"beside a change of the password a deletion needs the new one", own, deletionBesideChange},
+	{"a deletion that cannot end the sessions is not made", stored, func(s *server) {
+		c := s.signup()
+		s.spoil(c.indexKey())
+		c.deleteAccount(c.password).refused("internal").keepsCookie()
+		s.evict(c.indexKey())
+		c.login().lives()
+	}},
+	{"a session older than a SESSION_MAX_TTL that was lowered ends at its next refresh", own,
+		func(s *server) {
+			c := s.signup()
+			time.Sleep(1100 * time.Millisecond)
+			c.on(s.start(env{"SESSION_MAX_TTL": "1s"})).show(c.refresh).refused("session_revoked")
+		}},
 	{"a password hash changed by other means ends the sessions at their next refresh", stored,
 		func(s *server) {
 			c := s.signup()
@@ -235,6 +249,22 @@ func twoChanges(s *server) {
 		both[1-won].gone()
 		s.tryLogin(c.email, next[won], newIP()).ok()
 		s.tryLogin(c.email, next[1-won], newIP()).refused("invalid_credentials")
+	}
+}
+
+func deletionBesideChange(s *server) {
+	for range rounds {
+		c := s.signup()
+		other := c.login()
+		next := newPassword()
+		answers := together(2, func(i int) *answer {
+			if i == 0 {
+				return c.changePassword(c.password, next)
+			}
+			return other.deleteAccount(c.password)
+		})
+		changed, deleted := answers[0].status() == 200, answers[1].status() == 200
+		s.expect(changed != deleted, "change: %v, deletion: %v", answers[0], answers[1])
 	}
 }
 

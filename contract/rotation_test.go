@@ -116,6 +116,7 @@ var rotationPromises = []promise{
 			old := c.refresh
 			first := c.rotate()
 			time.Sleep(1100 * time.Millisecond) // a Max-Age reckoned from now would show
+			s.exec("UPDATE users SET email = $1 WHERE id = $2", newEmail(), c.id)
 			again := c.show(old).ok()
 			s.expect(again.Header.Get("Set-Cookie") == first.Header.Get("Set-Cookie"),
 				"the successor of one token:\n%s\n%s", first.Header.Get("Set-Cookie"),
@@ -126,6 +127,21 @@ var rotationPromises = []promise{
 			c.show(old).isTheft(c) // then it is that all the same
 		}},
 	{"resend: no token older than that is answered, and the chain never forks", own, neverForks},
+	{"resend: a token whose password was changed meanwhile gets nothing", own, func(s *server) {
+		c := s.start(resend).signup()
+		old := c.refresh
+		c.rotate()
+		c.setPassword(newPassword())
+		c.show(old).refused("session_revoked")
+		c.gone()
+	}},
+	{"without a leeway every second use is theft", own, func(s *server) {
+		c := s.start(env{"REFRESH_REUSE_LEEWAY": "0s"}).signup()
+		old := c.refresh
+		c.rotate()
+		time.Sleep(2 * time.Millisecond) // the clock counts milliseconds
+		c.show(old).isTheft(c)
+	}},
 	{"resend: a token whose session was revoked meanwhile gets nothing", own, func(s *server) {
 		s = s.start(resend)
 		for name, revoke := range revocations {

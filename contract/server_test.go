@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -209,11 +210,17 @@ func (st *stores) environment(more env) env {
 	return e
 }
 
+// portsTaken are those that freePort has given out. A server takes a while until it listens.
+var portsTaken sync.Map
+
 // freePort finds a port that nobody listens on, below the range of the ports that systems give to
-// outgoing connections.
+// outgoing connections. It gives none out twice.
 func freePort() string {
 	for {
 		port := strconv.Itoa(10_000 + mathrand.IntN(10_000))
+		if _, taken := portsTaken.LoadOrStore(port, true); taken {
+			continue
+		}
 		if l, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			l.Close()
 			return port

@@ -15,6 +15,7 @@ import (
 	"mime"
 	"net/http"
 	"net/mail"
+	"os"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -562,6 +563,9 @@ func readBody(w http.ResponseWriter, r *http.Request, into members) error {
 	if errors.As(err, &tooLarge) {
 		return errBodyTooLarge
 	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return errRequestTimeout
+	}
 	if err != nil {
 		return errInvalidJSON
 	}
@@ -781,29 +785,24 @@ func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 
 // Hashing
 
-const (
-	// hashWait is the longest wait for a hashing slot. A user would hardly wait longer.
-	hashWait = 2 * time.Second
-
-	// hashQueue bounds how many requests wait, and so the memory that they take. It is about what
-	// a machine with 32 processors can hash within hashWait.
-	hashQueue = 256
-)
-
 // hasher computes bcrypt hashes. It has a fixed number of slots, so that logins leave processors
 // for everything else.
 type hasher struct {
 	cost    int
 	dummy   string // takes the place of a hash that is missing
 	slots   chan struct{}
+	queue   int64         // how many requests may wait for a slot
+	wait    time.Duration // how long each of them may wait
 	waiting atomic.Int64
 	refused atomic.Int64
 }
 
-func newHasher(slots, cost int) (*hasher, error) {
+func newHasher(slots, cost int, queue int64, wait time.Duration) (*hasher, error) {
 	h := &hasher{
 		cost:  cost,
 		slots: make(chan struct{}, slots),
+		queue: queue,
+		wait:  wait,
 	}
 	dummy, err := h.hash(context.Background(), newUUID())
 	if err != nil {
@@ -816,11 +815,11 @@ func newHasher(slots, cost int) (*hasher, error) {
 // acquire takes a slot. It returns errOverloaded if no slot becomes free in time, or if too many
 // requests wait already.
 func (h *hasher) acquire(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, hashWait)
+	ctx, cancel := context.WithTimeout(ctx, h.wait)
 	defer cancel()
 	waiting := h.waiting.Add(1)
 	defer h.waiting.Add(-1)
-	if waiting <= hashQueue {
+	if waiting <= h.queue && ctx.Err() == nil {
 		select {
 		case h.slots <- struct{}{}:
 			return nil

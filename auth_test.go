@@ -78,7 +78,7 @@ func countNames(object []byte) int {
 
 func newTestHasher(t *testing.T) *hasher {
 	t.Helper()
-	h, err := newHasher(1, bcrypt.MinCost)
+	h, err := newHasher(1, bcrypt.MinCost, hashQueue, hashWait)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func TestCostlyHash(t *testing.T) {
 // TestCheapHashIsNoFaster checks that a refusal takes no less time if the stored hash has a lower
 // cost than configured. Otherwise it would take an eighth, which noise cannot hide.
 func TestCheapHashIsNoFaster(t *testing.T) {
-	h, err := newHasher(1, bcrypt.MinCost+3)
+	h, err := newHasher(1, bcrypt.MinCost+3, hashQueue, hashWait)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -145,6 +145,8 @@ func runMigrations(
 	if err := env.err(); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, migrationTimeout)
+	defer cancel()
 	steps, err := do(ctx, database.ConnConfig, schemaSQL)
 	for _, step := range steps {
 		applied := "pending"
@@ -163,7 +165,7 @@ func runHealthcheck(env *environment) error {
 	if err := env.err(); err != nil {
 		return err
 	}
-	client := http.Client{Timeout: 3 * time.Second}
+	client := http.Client{Timeout: healthcheckTimeout}
 	resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/readyz", port))
 	if err != nil {
 		return err
@@ -181,19 +183,89 @@ func runVersion(stdout io.Writer) error {
 	return err
 }
 
-// Serving
+// Deadlines, pools and retries. A request is answered within 5 s of its headers being read, and
+// sooner if a store is silent: within 1 s for Redis, within 2 s for PostgreSQL.
 
 const (
-	// readHeaderTimeout, readTimeout, writeTimeout and idleTimeout keep slow clients from holding
-	// connections. Even on a slow line, a body of 100 KB arrives within 10 s.
-	readHeaderTimeout = 5 * time.Second
-	readTimeout       = 10 * time.Second
-	writeTimeout      = 30 * time.Second
-	idleTimeout       = 2 * time.Minute
+	// requestTimeout bounds all that a request waits for: its body, the stores, a hashing slot. The
+	// time that two hashes take is added (see hashTime), because no request computes more, and
+	// because the operator chooses their cost. The rest of the 5 s is for a hash that is under way
+	// at the deadline, and for undoTimeout.
+	requestTimeout = 3500 * time.Millisecond
 
-	// maxHeaderBytes leaves room for two tokens of 4 KB and the headers of a browser.
-	maxHeaderBytes = 16 << 10
+	// defaultHashTime is about what one hash takes at the cost of defaultBcryptCost.
+	defaultHashTime = 250 * time.Millisecond
+
+	// undoTimeout bounds what is still done after the deadline of a request: an attempt to log in
+	// that could not be judged is given back.
+	undoTimeout = 250 * time.Millisecond
+
+	// postgresTimeout bounds one operation on PostgreSQL: waiting for a connection, making one, and
+	// a whole transaction. The slowest that is of use is a commit on a busy disk.
+	postgresTimeout = 1500 * time.Millisecond
+
+	// redisTimeout bounds each dial, write and read. A script takes well under 10 ms, so this is
+	// time for the network to send a lost packet again.
+	redisTimeout = 700 * time.Millisecond
+
+	// redisPoolTimeout bounds the wait for a connection to Redis. Together with redisTimeout it is
+	// less than a second.
+	redisPoolTimeout = redisTimeout / 4
+
+	// redisPoolSize is the number of connections to Redis, for each node of a cluster. A connection
+	// is busy for less than a millisecond, so few requests wait for one. If a node is silent, these
+	// are also the requests that wait for it at the same time.
+	redisPoolSize = 100
+
+	// noRetries turns the retries of the Redis client off, and noRedirects those of its cluster
+	// client. A command that counts or rotates may have been executed although its answer was lost,
+	// so the client must never send one twice.
+	noRetries   = -1
+	noRedirects = -1
+
+	// hashWait is the longest wait for a hashing slot. A user would hardly wait longer.
+	hashWait = 2 * time.Second
+
+	// hashQueue bounds how many requests wait for a slot, and so the memory that they take. It is
+	// about what a machine with 32 processors can hash within hashWait.
+	hashQueue = 256
+
+	// startTimeout bounds how long the start waits for PostgreSQL, and startPause the time from one
+	// try to the next.
+	startTimeout = 30 * time.Second
+	startPause   = time.Second
+
+	// migrationTimeout bounds all migrations together. Building an index on an adopted table with
+	// a few hundred million rows takes minutes.
+	migrationTimeout = 10 * time.Minute
+
+	// readTimeout bounds the time in which headers and body arrive. The largest body that is of use
+	// is about 2 KB long.
+	readTimeout = 4 * time.Second
+
+	// writeTimeout bounds the time from a request's headers to the end of its answer, so it also
+	// has room for hashes of the highest cost.
+	writeTimeout = 30 * time.Second
+
+	// idleTimeout bounds the time between two requests on a connection. It is longer than the
+	// minute or so for which proxies keep theirs, so that the proxy is the one to close.
+	idleTimeout = 2 * time.Minute
+
+	// healthcheckTimeout bounds the subcommand healthcheck. It is more than a server takes to find
+	// out that both stores are silent.
+	healthcheckTimeout = 3 * time.Second
 )
+
+// maxHeaderBytes leaves room for two tokens of 4 KB and the headers of a browser.
+const maxHeaderBytes = 16 << 10
+
+// hashTime returns about how long a password hash takes. Each step of the cost doubles it. Cheaper
+// hashes than the default do not count less.
+func hashTime(bcryptCost int) time.Duration {
+	return defaultHashTime << max(0, bcryptCost-defaultBcryptCost)
+}
+
+// Serving
 
 // doubleThreads doubles GOMAXPROCS once, and returns how many processors the process can use.
 // Hashing may occupy as many threads as there are processors, and Go lets a hashing goroutine keep
@@ -205,8 +277,7 @@ var doubleThreads = sync.OnceValue(func() int {
 	return n
 })
 
-// serve migrates, serves until ctx ends, and then shuts down: /readyz answers 503, the listener is
-// closed, requests in flight end, and the connections to the stores are closed.
+// serve migrates, serves until ctx ends, and then shuts down.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	log := newLogger(cfg, stdout)
 	logging.Disable() // the log of go-redis; if a request fails, its own line has the cause
@@ -214,7 +285,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: " +
 			"random ones are used, and sessions end with this process")
 	}
-	if _, err := migrate(ctx, cfg.database.ConnConfig, schemaSQL); err != nil {
+	if err := migrateWhenReachable(ctx, cfg.database.ConnConfig, log); err != nil {
 		return err
 	}
 	// The pool must outlive ctx, because requests in flight still need it.
@@ -223,7 +294,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		return err
 	}
 	defer db.Close()
-	rdb := redis.NewUniversalClient(cfg.redis)
+	rdb := newRedisClient(cfg.redis)
 	defer rdb.Close()
 	app, err := newApp(cfg, log, db, rdb)
 	if err != nil {
@@ -253,9 +324,9 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 
 	log.Info("shutting down")
 	app.draining.Store(true)
-	// Meanwhile load balancers see /readyz fail, and stop sending requests.
-	time.Sleep(cfg.shutdownTimeout / 10)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout*9/10)
+	// Everything is still served. Meanwhile proxies see /readyz fail, and send no more requests.
+	time.Sleep(cfg.shutdownDelay)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
 		return fmt.Errorf("requests cut off after SHUTDOWN_TIMEOUT: %v", err)
@@ -263,12 +334,41 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	return nil
 }
 
+// migrateWhenReachable migrates as soon as PostgreSQL can be reached. It waits for that no longer
+// than startTimeout, and logs each try. It returns nil if ctx ends meanwhile.
+func migrateWhenReachable(ctx context.Context, database *pgx.ConnConfig, log *slog.Logger) error {
+	ctx, cancel := context.WithTimeout(ctx, migrationTimeout)
+	defer cancel()
+	pause := time.NewTicker(startPause)
+	defer pause.Stop()
+	for start := time.Now(); ; {
+		_, err := migrate(ctx, database, schemaSQL)
+		if !errors.Is(err, errUnavailable) || time.Since(start) > startTimeout {
+			return err
+		}
+		log.Warn("waiting for PostgreSQL", "error", err.Error())
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// newRedisClient returns a client for a single Redis or a cluster.
+func newRedisClient(options *redis.UniversalOptions) redis.UniversalClient {
+	rdb := redis.NewUniversalClient(options)
+	if cluster, ok := rdb.(*redis.ClusterClient); ok {
+		cluster.AddHook(reloadHook{cluster})
+	}
+	return rdb
+}
+
 // newServer returns an HTTP server with bounded resources.
 func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:                      h,
 		DisableGeneralOptionsHandler: true, // so that "OPTIONS *" is answered like anything else
-		ReadHeaderTimeout:            readHeaderTimeout,
 		ReadTimeout:                  readTimeout,
 		WriteTimeout:                 writeTimeout,
 		IdleTimeout:                  idleTimeout,
@@ -327,18 +427,24 @@ func newApp(
 	db *pgxpool.Pool,
 	rdb redis.UniversalClient,
 ) (*app, error) {
-	h, err := newHasher(doubleThreads(), cfg.bcryptCost)
+	h, err := newHasher(doubleThreads(), cfg.bcryptCost, hashQueue, hashWait)
 	if err != nil {
 		return nil, err
 	}
 	m := newMetrics(func() []sample { return readSamples(h, db, rdb) })
-	s := &store{db: db, rdb: rdb, policy: cfg.sessions}
+	s := &store{
+		db:              db,
+		rdb:             rdb,
+		policy:          cfg.sessions,
+		postgresTimeout: postgresTimeout,
+	}
 	draining := &atomic.Bool{}
 	handlers := &auth{
 		store: s,
 		logins: &loginLimiter{
-			window: fixedWindow{rdb, cfg.loginWindow},
-			max:    cfg.loginMax,
+			window:      fixedWindow{rdb, cfg.loginWindow},
+			max:         cfg.loginMax,
+			undoTimeout: undoTimeout,
 		},
 		hasher:       h,
 		metrics:      m,
@@ -356,7 +462,8 @@ func newApp(
 
 	mux := newMux(routes(handlers, s, draining), refuseCrossOrigin(cfg.origins))
 	pass := chain(
-		observe(log, m, cfg.trustedProxies),
+		observe(log, m, cfg.trustedProxies, requestTimeout+2*hashTime(cfg.bcryptCost)),
+		closeWhenDraining(draining),
 		matchRoute(mux),
 		cors(cfg.origins),
 		rateLimit(requests, m),
@@ -548,7 +655,8 @@ type config struct {
 	bcryptCost      int
 	metricsAddr     string // empty: no metrics
 	logLevel        slog.Level
-	shutdownTimeout time.Duration
+	shutdownDelay   time.Duration // how long /readyz says 503 while all is still served
+	shutdownTimeout time.Duration // how long requests in flight may then take
 }
 
 // environment reads variables and collects their faults, so that all of them are reported at once.
@@ -656,6 +764,7 @@ func (e *environment) config() config {
 		metricsAddr:     e.metricsAddr(),
 		logLevel:        e.logLevel(),
 		randomSecrets:   e.getenv("JWT_SECRET") == "" || e.getenv("JWT_REFRESH_SECRET") == "",
+		shutdownDelay:   e.shutdownDelay(),
 		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
 	}
 	cfg.access, cfg.refresh = e.secrets()
@@ -680,8 +789,9 @@ func (e *environment) database() *pgxpool.Config {
 		return nil
 	}
 
+	e.statements(cfg.ConnConfig)
 	cfg.MaxConns = int32(size)
-	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, postgresTimeout)
+	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, dialTime(cfg.ConnConfig))
 	params := cfg.ConnConfig.RuntimeParams
 	maps.DeleteFunc(params, func(name, _ string) bool {
 		return strings.EqualFold(name, "timezone")
@@ -689,6 +799,40 @@ func (e *environment) database() *pgxpool.Config {
 	params["timezone"] = "UTC" // an adopted table may have times without a zone, which are in UTC
 	params["client_encoding"] = "UTF8"
 	return cfg
+}
+
+// statements refuses settings for prepared statements with which the server would not work.
+func (e *environment) statements(cfg *pgx.ConnConfig) {
+	switch mode := cfg.DefaultQueryExecMode; {
+	case mode == pgx.QueryExecModeDescribeExec:
+		// A pooler such as PgBouncer may send the second of its two round trips to another
+		// connection, where the answer belongs to the statement of another request.
+		e.fault("DATABASE_URL", "default_query_exec_mode must not be describe_exec; "+
+			"for PgBouncer it can be exec")
+	case mode == pgx.QueryExecModeCacheStatement && cfg.StatementCacheCapacity == 0:
+		e.fault("DATABASE_URL", "statement_cache_capacity must not be 0, "+
+			"unless default_query_exec_mode is exec")
+	case mode == pgx.QueryExecModeCacheDescribe && cfg.DescriptionCacheCapacity == 0:
+		e.fault("DATABASE_URL", "description_cache_capacity must not be 0, "+
+			"unless default_query_exec_mode is exec")
+	}
+}
+
+// dialTime returns how long a connection to one host may take. If there are several hosts, one that
+// is silent leaves time for the others and for the operation that needs the connection.
+func dialTime(cfg *pgx.ConnConfig) time.Duration {
+	type address struct {
+		host string
+		port uint16
+	}
+	hosts := map[address]bool{{cfg.Host, cfg.Port}: true}
+	for _, fallback := range cfg.Fallbacks { // they include each host once more without TLS
+		hosts[address{fallback.Host, fallback.Port}] = true
+	}
+	if len(hosts) == 1 {
+		return postgresTimeout
+	}
+	return postgresTimeout / time.Duration(len(hosts)+1)
 }
 
 // isStoreURL reports whether a URL has one of the schemes, and no @ except one before its host. Any
@@ -700,20 +844,19 @@ func isStoreURL(value string, schemes ...string) bool {
 	return slices.Contains(schemes, scheme) && !strings.ContainsAny(userinfo, "@/?#")
 }
 
-// redis reads REDIS_URL. The client never sends a command twice, because a command that counts or
-// rotates may have been executed although its answer was lost. If a slot of a cluster has moved,
-// commands that need it therefore fail until the client has loaded the new map.
+// redis reads REDIS_URL.
 func (e *environment) redis() *redis.UniversalOptions {
 	options := &redis.UniversalOptions{
-		MaxRetries:       -1, // none
-		MaxRedirects:     -1, // none
-		DialerRetries:    1,  // dial once
-		DialTimeout:      redisTimeout,
-		ReadTimeout:      redisTimeout,
-		WriteTimeout:     redisTimeout,
-		PoolSize:         100,              // so that few requests wait for a connection
-		PoolTimeout:      redisTimeout / 4, // and they do not wait long
-		PipelinePoolSize: -1,               // no second pool, which would be waited for as well
+		MaxRetries:            noRetries,
+		MaxRedirects:          noRedirects,
+		DialerRetries:         1, // dial once
+		DialTimeout:           redisTimeout,
+		ReadTimeout:           redisTimeout,
+		WriteTimeout:          redisTimeout,
+		ContextTimeoutEnabled: true, // the deadline of the request holds too
+		PoolSize:              redisPoolSize,
+		PoolTimeout:           redisPoolTimeout,
+		PipelinePoolSize:      -1, // no second pool, which would be waited for as well
 		MaintNotificationsConfig: &maintnotifications.Config{
 			Mode: maintnotifications.ModeDisabled,
 		},
@@ -802,13 +945,26 @@ func (e *environment) trustedProxies() []netip.Prefix {
 	return prefixes
 }
 
+// defaultBcryptCost is also the lowest cost outside development.
+const defaultBcryptCost = 12
+
 // bcryptCost reads BCRYPT_COST. Only in development may hashes be cheap.
 func (e *environment) bcryptCost() int {
-	lowest := 12
+	lowest := defaultBcryptCost
 	if e.development {
 		lowest = bcrypt.MinCost
 	}
-	return e.integer("BCRYPT_COST", cmp.Or(e.getenv("BCRYPT_COST"), "12"), lowest, maxBcryptCost)
+	value := cmp.Or(e.getenv("BCRYPT_COST"), strconv.Itoa(defaultBcryptCost))
+	return e.integer("BCRYPT_COST", value, lowest, maxBcryptCost)
+}
+
+// shutdownDelay reads SHUTDOWN_DELAY. In development nobody waits for a proxy.
+func (e *environment) shutdownDelay() time.Duration {
+	defaultValue := "5s"
+	if e.development {
+		defaultValue = "0s"
+	}
+	return e.duration("SHUTDOWN_DELAY", defaultValue, 0, time.Millisecond)
 }
 
 func (e *environment) metricsAddr() string {

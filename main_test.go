@@ -659,10 +659,14 @@ var variables = map[string]string{
 	"NODE_ENV": `|staging|development -> test|Production`,
 	"PORT":     `0|65535 -> |65536|-1|3000x|:3000`,
 	"DATABASE_URL": `postgres://u:p@h/d|postgres://u:top%40secret@h/d` +
-		`|postgresql://h1:5432,h2:5433/d?target_session_attrs=read-write -> ` +
+		`|postgresql://h1:5432,h2:5433/d?target_session_attrs=read-write` +
+		`|postgres://h/d?default_query_exec_mode=exec&statement_cache_capacity=0 -> ` +
 		`|host=localhost|mysql://h/d|h|postgres://h:x/d|postgres_x=1 host=h` +
 		`|postgres://u:1/a-password-with-a-slash@h/d|postgres://u:top@secret@h/d` +
-		`|postgres://u:p@h/d?x=@`,
+		`|postgres://u:p@h/d?x=@` +
+		`|postgres://h/d?default_query_exec_mode=describe_exec` +
+		`|postgres://h/d?statement_cache_capacity=0` +
+		`|postgres://h/d?default_query_exec_mode=cache_describe&description_cache_capacity=0`,
 	"DB_POOL_SIZE": `1|50 -> |0|-1|many`,
 	"FRONTEND_URL": `http://localhost:5173|https://a.example/, http://b.example:8080` +
 		`|https://A.example:443|http://[::1]:3000 -> ` +
@@ -690,6 +694,7 @@ var variables = map[string]string{
 	"BCRYPT_COST":      `12|16 -> 11|17|x`,
 	"METRICS_ADDR":     `|:9090|127.0.0.1:0|[::1]:9090 -> 9090|host|:99999|localhost:x`,
 	"LOG_LEVEL":        `|debug|info|warn|error -> loud`,
+	"SHUTDOWN_DELAY":   `|0s|1ms|1m -> -1s|10`,
 	"SHUTDOWN_TIMEOUT": `1ms|1m -> 0s|-1s|10`,
 }
 

@@ -37,6 +37,7 @@ var (
 	errCrossOrigin          = errors.New("request of a foreign origin")
 	errNotFound             = errors.New("no such route")
 	errMethodNotAllowed     = errors.New("the route has other methods")
+	errRequestTimeout       = errors.New("body did not arrive in time")
 	errBodyTooLarge         = errors.New("body is too large")
 	errUnsupportedMediaType = errors.New("body is not declared as JSON")
 	errRateLimited          = errors.New("too many requests from this address")
@@ -70,6 +71,7 @@ var errorResponses = []errorResponse{
 	{errNoUser, 404, "user_not_found", "User not found"},
 	{errNoSession, 404, "session_not_found", "Session not found"},
 	{errMethodNotAllowed, 405, "method_not_allowed", "Method not allowed"},
+	{errRequestTimeout, 408, "request_timeout", "Request body did not arrive in time"},
 	{errBodyTooLarge, 413, "body_too_large", "Request body is too large"},
 	{errUnsupportedMediaType, 415, "unsupported_media_type",
 		"Content-Type must be application/json"},
@@ -284,8 +286,13 @@ func (rec *statusRecorder) WriteHeader(status int) {
 
 // observe finds a request's id and client IP, sets the headers that every answer has, turns a panic
 // into an error, and finally logs and counts the request. From here on nothing is canceled if the
-// client hangs up: the server finishes what it has begun, in bounded time.
-func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) middleware {
+// client hangs up: the server finishes what it has begun, but waits for nothing after the timeout.
+func observe(
+	log *slog.Logger,
+	m *metrics,
+	trusted []netip.Prefix,
+	timeout time.Duration,
+) middleware {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			start := time.Now()
@@ -293,7 +300,8 @@ func observe(log *slog.Logger, m *metrics, trusted []netip.Prefix) middleware {
 				id: requestID(r),
 				ip: clientIP(r.RemoteAddr, r.Header.Values("X-Forwarded-For"), trusted),
 			}
-			ctx := context.WithoutCancel(r.Context())
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), timeout)
+			defer cancel()
 			r = r.WithContext(context.WithValue(ctx, requestInfoKey{}, info))
 			rec := &statusRecorder{w, http.StatusOK}
 
@@ -349,6 +357,20 @@ func logRequest(log *slog.Logger, r *http.Request, status int, took time.Duratio
 func cut(text string) string {
 	const maxLogged = 256
 	return strings.ToValidUTF8(text[:min(len(text), maxLogged)], "")
+}
+
+// closeWhenDraining lets clients and proxies send no further request on their connections once the
+// process is about to stop. One that was sent just when the server closes an idle connection would
+// be lost.
+func closeWhenDraining(draining *atomic.Bool) middleware {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if draining.Load() {
+				w.Header().Set("Connection", "close")
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
 }
 
 // matchRoute sets r.Pattern before the request reaches the mux, so that the log and the metrics

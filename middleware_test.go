@@ -20,7 +20,7 @@ import (
 func serveError(t *testing.T, h handlerFunc) (*httptest.ResponseRecorder, map[string]any) {
 	t.Helper()
 	var log bytes.Buffer
-	observed := observe(slog.New(slog.NewJSONHandler(&log, nil)), newMetrics(nil), nil)
+	observed := observe(slog.New(slog.NewJSONHandler(&log, nil)), newMetrics(nil), nil, time.Minute)
 	w := httptest.NewRecorder()
 	observed(handle(h)).ServeHTTP(w, httptest.NewRequest("GET", "/auth/me", nil))
 	var line map[string]any
@@ -55,6 +55,7 @@ func TestErrorResponses(t *testing.T) {
 		{errNoUser, 404, "user_not_found"},
 		{errNoSession, 404, "session_not_found"},
 		{errMethodNotAllowed, 405, "method_not_allowed"},
+		{errRequestTimeout, 408, "request_timeout"},
 		{errBodyTooLarge, 413, "body_too_large"},
 		{errUnsupportedMediaType, 415, "unsupported_media_type"},
 		{errRateLimited, 429, "rate_limited"},

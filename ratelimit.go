@@ -100,8 +100,9 @@ func (l *requestLimiter) take(ctx context.Context, ip netip.Addr) (int, time.Dur
 // loginLimiter limits failed logins with three counters: one account from one address, one account
 // from all addresses, and all accounts from one address. If max is 0 there is no limit.
 type loginLimiter struct {
-	window fixedWindow
-	max    int
+	window      fixedWindow
+	max         int
+	undoTimeout time.Duration // at least this long is left for taking events off the counters
 }
 
 // take counts an attempt to log in to the account of email, whether or not the account exists. It
@@ -133,6 +134,8 @@ func (l *loginLimiter) take(
 	if err == nil && left >= 0 {
 		return true, 0, nil
 	}
+	ctx, cancel := l.timeToUndo(ctx)
+	defer cancel()
 	giveBackErr := l.window.giveBack(ctx,
 		refund{pairKey(email, ip), 1},
 		refund{accountKey(email), 1})
@@ -161,11 +164,24 @@ func (l *loginLimiter) refund(
 	if l.max == 0 {
 		return nil
 	}
+	ctx, cancel := l.timeToUndo(ctx)
+	defer cancel()
 	accountErr := l.window.giveBack(ctx,
 		refund{pairKey(email, ip), pairEvents},
 		refund{accountKey(email), 1})
 	addressErr := l.window.giveBack(ctx, refund{addressKey(ip), 1})
 	return errors.Join(accountErr, addressErr)
+}
+
+// timeToUndo returns a context like ctx that does not end before undoTimeout has passed. So an
+// attempt is given back even if the time of its request is over.
+func (l *loginLimiter) timeToUndo(ctx context.Context) (context.Context, context.CancelFunc) {
+	deadline, _ := ctx.Deadline()
+	earliest := time.Now().Add(l.undoTimeout)
+	if deadline.Before(earliest) {
+		deadline = earliest
+	}
+	return context.WithDeadline(context.WithoutCancel(ctx), deadline)
 }
 
 // accountKey names the counter of an account. It contains a hash of the email, so that Redis holds

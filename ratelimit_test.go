@@ -21,7 +21,7 @@ func randomAddr() netip.Addr {
 func TestUnjudgedAttempt(t *testing.T) {
 	h := newTestHasher(t)
 	rdb := redisClient(t)
-	logins := &loginLimiter{window: fixedWindow{rdb, 60}, max: 3}
+	logins := &loginLimiter{window: fixedWindow{rdb, 60}, max: 3, undoTimeout: undoTimeout}
 	a := &auth{hasher: h, logins: logins}
 	email, ip := rand.Text()+"@example.test", randomAddr()
 	judge := func(want error, counters int64) {

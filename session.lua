@@ -198,5 +198,9 @@ function command.rehash(old_digest, new_digest)
   end
 end
 
+-- ready does nothing. It is answered only if Redis could also carry out a command that writes.
+function command.ready()
+end
+
 -- A command that returns nothing is answered with OK. (0 and the empty table are true in Lua.)
 return command[ARGV[1]](unpack(ARGV, 2)) or redis.status_reply('OK')

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/hex"
@@ -22,21 +23,13 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-const (
-	// postgresTimeout bounds one operation on PostgreSQL, a whole transaction included.
-	postgresTimeout = 1500 * time.Millisecond
-
-	// redisTimeout bounds each dial, write and read.
-	redisTimeout = 700 * time.Millisecond
-
-	// migrationTimeout bounds all migrations together. Building an index on an adopted table with
-	// a few hundred million rows takes minutes.
-	migrationTimeout = 10 * time.Minute
-)
-
 var (
 	// errUnavailable means that a store did not answer, or that it cannot serve at the moment.
 	errUnavailable = errors.New("store unavailable")
+
+	// errReadOnly is an errUnavailable: PostgreSQL takes no writes. Perhaps it was the primary, and
+	// has become a standby.
+	errReadOnly = fmt.Errorf("%w: read-only", errUnavailable)
 
 	// errFault means that a store answered with an error that no outage explains.
 	errFault = errors.New("store fault")
@@ -114,21 +107,30 @@ type sessionPolicy struct {
 
 // store keeps users and sessions.
 type store struct {
-	db     *pgxpool.Pool
-	rdb    redis.UniversalClient
-	policy sessionPolicy
+	db              *pgxpool.Pool
+	rdb             redis.UniversalClient
+	policy          sessionPolicy
+	postgresTimeout time.Duration // of one operation on PostgreSQL, a whole transaction included
 }
 
-// postgresReady returns an error if PostgreSQL does not answer.
+// postgresReady returns an error unless PostgreSQL takes writes. A server that is read-only refuses
+// FOR UPDATE, even where it locks no row.
 func (s *store) postgresReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
-	defer cancel()
-	return s.db.Ping(ctx)
+	return s.inTx(ctx, "ready", func(ctx context.Context, tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, `
+			SELECT
+			FROM users
+			WHERE false
+			FOR UPDATE`)
+		return postgresError("ready", err)
+	})
 }
 
-// redisReady returns an error if Redis does not answer.
+// redisReady returns an error unless Redis takes writes. Redis refuses to begin a script of this
+// kind if it could not carry out its writes, although this one has none. In a cluster, the node is
+// that of a random slot.
 func (s *store) redisReady(ctx context.Context) error {
-	return s.rdb.Ping(ctx).Err()
+	return redisError("ready", s.run(ctx, sessionScript, rand.Text(), "ready").Err())
 }
 
 // Users
@@ -153,7 +155,7 @@ func (s *store) findUserByEmail(ctx context.Context, email string) (user, error)
 }
 
 func (s *store) findUser(ctx context.Context, query, key string) (user, error) {
-	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.postgresTimeout)
 	defer cancel()
 	u, err := scanUser(s.db.QueryRow(ctx, query, key))
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -313,13 +315,16 @@ func (s *store) inTx(
 	operation string,
 	fn func(ctx context.Context, tx pgx.Tx) error,
 ) error {
-	ctx, cancel := context.WithTimeout(ctx, postgresTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.postgresTimeout)
 	defer cancel()
 	var fnErr error
 	err := pgx.BeginTxFunc(ctx, s.db, readCommitted, func(tx pgx.Tx) error {
 		fnErr = fn(ctx, tx)
 		return fnErr
 	})
+	if errors.Is(fnErr, errReadOnly) {
+		s.db.Reset() // so that the next connections are made to the new primary
+	}
 	if fnErr != nil {
 		return fnErr
 	}
@@ -334,6 +339,8 @@ func postgresError(operation string, err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &reported) && reported.Code == "25006": // read_only_sql_transaction
+		return fmt.Errorf("%w: postgres: %s: %v", errReadOnly, operation, err)
 	case errors.As(err, &reported) && !cannotServe(reported), errors.As(err, &unreadable):
 		return fmt.Errorf("%w: postgres: %s: %v", errFault, operation, err)
 	default:
@@ -348,7 +355,7 @@ func cannotServe(reported *pgconn.PgError) bool {
 	case "08", "53", "57": // connection lost; out of resources; shutting down or starting
 		return true
 	}
-	return reported.Code == "25006" // read-only: this primary has become a standby
+	return false
 }
 
 // Sessions
@@ -562,10 +569,41 @@ func (s *store) revokeAll(ctx context.Context, userID, caller string) error {
 	return redisError("revoke all sessions", err)
 }
 
-// outOfService matches errors of Redis which mean that it cannot serve at the moment. A script that
-// needs a key while the key's slot moves to another node gets the error about a non local key.
-var outOfService = regexp.MustCompile(`^(LOADING|BUSY|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|` +
-	`CLUSTERDOWN|TRYAGAIN|MOVED|ASK|ERR max number of clients)|attempted to access a non local key`)
+// reloadHook makes the client of a Redis Cluster load the map of slots again whenever a node does
+// not answer, because another node may have taken over its slots. Otherwise the client, which
+// follows no redirects, would learn of that only within a minute.
+type reloadHook struct {
+	cluster *redis.ClusterClient
+}
+
+func (h reloadHook) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (h reloadHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		err := next(ctx, cmd)
+		var reported redis.Error
+		if err != nil && !errors.As(err, &reported) {
+			h.cluster.ReloadState(ctx) // in the background, and at most five times a second
+		}
+		return err
+	}
+}
+
+func (h reloadHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+var (
+	// outOfService matches errors of Redis which mean that it cannot serve at the moment. A script
+	// that needs a key while the key's slot moves to another node gets the error about a non local
+	// key.
+	outOfService = regexp.MustCompile(
+		`^(LOADING|BUSY|OOM|MISCONF|READONLY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|` +
+			`MOVED|ASK|ERR max number of clients)|attempted to access a non local key`)
+
+	// loginRefused matches errors of Redis which mean that it does not accept our password.
+	loginRefused = regexp.MustCompile(`^(NOAUTH|WRONGPASS)`)
+)
 
 // redisError turns an error of go-redis into errUnavailable or errFault, and names the operation.
 // It returns nil if err is nil.
@@ -574,6 +612,9 @@ func redisError(operation string, err error) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &reported) && loginRefused.MatchString(reported.Error()):
+		return fmt.Errorf("%w: redis: %s: check user and password in REDIS_URL: %v",
+			errUnavailable, operation, err)
 	case errors.As(err, &reported) && !outOfService.MatchString(reported.Error()):
 		return fmt.Errorf("%w: redis: %s: %v", errFault, operation, err)
 	default:
@@ -638,11 +679,9 @@ func inMigration(
 	schema string,
 	fn func(ctx context.Context, tx pgx.Tx, steps []migration) error,
 ) ([]migration, error) {
-	ctx, cancel := context.WithTimeout(ctx, migrationTimeout)
-	defer cancel()
 	conn, err := pgx.ConnectConfig(ctx, database)
 	if err != nil {
-		return nil, fmt.Errorf("DATABASE_URL: PostgreSQL cannot be reached: %v", err)
+		return nil, fmt.Errorf("DATABASE_URL: %w", postgresError("connect", err))
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
 	if err := checkEncoding(ctx, conn); err != nil {

@@ -11,10 +11,14 @@
 //
 // # A request
 //
-// A request passes observe, matchRoute, cors, rateLimit and refuseUnknown. Then the mux calls the
-// route, where the request passes refuseCrossOrigin and, if it needs an access token, requireAuth.
-// The handler reads the body, decides, asks the stores and answers. If it returns an error, handle
-// answers that.
+// A request passes observe, closeWhenDraining, matchRoute, cors, rateLimit and refuseUnknown. Then
+// the mux calls the route, where the request passes refuseCrossOrigin and, if it needs an access
+// token, requireAuth. The handler reads the body, decides, asks the stores and answers. If it
+// returns an error, handle answers that.
+//
+// One deadline covers all that a request waits for: the stores, and a slot for hashing. If the
+// client hangs up, the server still finishes what it has begun. All deadlines, pool sizes and
+// retries are in one place in main.go, each with its reason.
 //
 // # A session
 //
@@ -187,10 +191,10 @@ func runVersion(stdout io.Writer) error {
 // sooner if a store is silent: within 1 s for Redis, within 2 s for PostgreSQL.
 
 const (
-	// requestTimeout bounds all that a request waits for: its body, the stores, a hashing slot. The
-	// time that two hashes take is added (see hashTime), because no request computes more, and
-	// because the operator chooses their cost. The rest of the 5 s is for a hash that is under way
-	// at the deadline, and for undoTimeout.
+	// requestTimeout bounds all that a request waits for, from its headers on: its body, the stores,
+	// a slot for hashing. The time that two hashes take is added (see hashTime): most requests
+	// compute no more, and the operator chooses their cost. The rest of the 5 s is for a hash that
+	// is under way at the deadline, and for undoTimeout.
 	requestTimeout = 3500 * time.Millisecond
 
 	// defaultHashTime is about what one hash takes at the cost of defaultBcryptCost.
@@ -243,9 +247,9 @@ const (
 	// is about 2 KB long.
 	readTimeout = 4 * time.Second
 
-	// writeTimeout bounds the time from a request's headers to the end of its answer, so it also
-	// has room for hashes of the highest cost.
-	writeTimeout = 30 * time.Second
+	// writeTimeout bounds the time from a request's headers to the end of its answer. It has room
+	// for hashes of the highest cost.
+	writeTimeout = 20 * time.Second
 
 	// idleTimeout bounds the time between two requests on a connection. It is longer than the
 	// minute or so for which proxies keep theirs, so that the proxy is the one to close.
@@ -256,8 +260,16 @@ const (
 	healthcheckTimeout = 3 * time.Second
 )
 
-// maxHeaderBytes leaves room for two tokens of 4 KB and the headers of a browser.
-const maxHeaderBytes = 16 << 10
+const (
+	// maxHeaderBytes leaves room for two tokens of 4 KB and the headers of a browser.
+	maxHeaderBytes = 16 << 10
+
+	// sendBuffer bounds what the kernel holds of answers that a client does not read. The longest
+	// answer, a list of 100 sessions, has 44 KB. Without this bound the kernel holds 4 MB for each
+	// connection: thousands of answers to a client that sends requests and reads nothing, and each
+	// of the requests would set the write deadline anew.
+	sendBuffer = 64 << 10
+)
 
 // hashTime returns about how long a password hash takes. Each step of the cost doubles it. Cheaper
 // hashes than the default do not count less.
@@ -373,6 +385,10 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 		WriteTimeout:                 writeTimeout,
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			_ = conn.(*net.TCPConn).SetWriteBuffer(sendBuffer) // an error: the client has hung up
+			return ctx
+		},
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 }

@@ -3,6 +3,7 @@ package contract
 import (
 	"fmt"
 	"strings"
+	"time"
 )
 
 const bodyLimit = 102_400
@@ -127,6 +128,11 @@ var bodyPromises = []promise{
 			c.send(to(route)).refused("unsupported_media_type")
 			c.send(to(route).typed("application/json")).refused("invalid_json")
 		}
+	}},
+	{"request_timeout is 408 for a body that does not arrive, within 5 s", aURL, func(s *server) {
+		a := s.send(post("/auth/login").text(`{"email":`).stalls()).refused("request_timeout")
+		s.expect(a.took <= 6*time.Second, "the answer took %v", a.took) // one second is the machine's
+		s.expect(a.Close, "the connection stays open, though the rest of the body may still come")
 	}},
 	{"refresh and logout read no body and ask for no type", aURL, func(s *server) {
 		c := s.signup()

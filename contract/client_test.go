@@ -21,6 +21,7 @@ type request struct {
 	path    string
 	body    []byte // nil: none
 	chunked bool   // the length of the body is not declared
+	stalled bool   // the end of the body never comes
 	header  map[string]string
 }
 
@@ -80,6 +81,12 @@ func (r request) chunks() request {
 	return r
 }
 
+// stalls lets the end of the body never come.
+func (r request) stalls() request {
+	r.stalled = true
+	return r
+}
+
 // send sends a request, from an address of its own unless it has one, and reads the answer to its
 // end. Whatever the test is about, the answer is held to what the contract says of all answers, and
 // to openapi.yaml. It does not end the test by itself, so goroutines may use it, too.
@@ -87,6 +94,9 @@ func (s *server) send(r request) *answer {
 	a := &answer{server: s, asked: r}
 	var body io.Reader
 	switch {
+	case r.stalled:
+		rest, _ := io.Pipe()
+		body = io.MultiReader(bytes.NewReader(r.body), rest)
 	case r.chunked:
 		body = io.MultiReader(bytes.NewReader(r.body)) // net/http cannot see its length
 	case r.body != nil:

@@ -1,11 +1,13 @@
 package contract
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	mathrand "math/rand/v2"
 	"net"
@@ -204,6 +206,7 @@ func (st *stores) environment(more env) env {
 		"REDIS_URL":        st.redisURL,
 		"FRONTEND_URL":     frontend,
 		"TRUSTED_PROXIES":  "127.0.0.0/8",
+		"SHUTDOWN_DELAY":   "0s", // not 5 s for each server in production
 		"SHUTDOWN_TIMEOUT": "2s",
 	}.with(labSecrets).with(more)
 	maps.DeleteFunc(e, func(_, value string) bool { return value == "" })
@@ -321,6 +324,28 @@ func (s *server) exits(e env) (status int, output string) {
 		s.Fatalf("%v", err)
 	}
 	return cmd.ProcessState.ExitCode(), string(out)
+}
+
+// startFails runs the executable with exactly this environment until it ends or waits for
+// PostgreSQL, and returns what it has printed by then.
+func (s *server) startFails(e env) (output string) {
+	ctx, cancel := context.WithTimeout(s.Context(), 30*time.Second)
+	defer cancel()
+	cmd := s.lab.command(ctx, e)
+	reader, writer := io.Pipe()
+	cmd.Stdout, cmd.Stderr = writer, writer
+	if err := cmd.Start(); err != nil {
+		s.Fatalf("%v", err)
+	}
+	go func() { writer.CloseWithError(cmd.Wait()) }()
+	lines := bufio.NewScanner(reader)
+	for lines.Scan() {
+		output += lines.Text() + "\n"
+		if strings.Contains(lines.Text(), "waiting for PostgreSQL") {
+			cmd.Process.Signal(syscall.SIGTERM)
+		}
+	}
+	return output
 }
 
 // log is what the server has logged so far.

@@ -19,7 +19,7 @@ dev: go ## like run, but rebuild and restart at every saved change
 	scripts/with-services --keep .data go run $(AIR) \
 	    -tmp_dir .data/air \
 	    -build.include_ext go,sql,lua,txt \
-	    -build.exclude_dir .data,bench,contract,examples,integration,scripts,spec \
+	    -build.exclude_dir .data,bench,chaos,contract,examples,integration,scripts,spec \
 	    -build.full_bin 'exec .data/air/main' \
 	    -build.send_interrupt true \
 	    -build.kill_delay 15000
@@ -41,6 +41,9 @@ bench: go ## the benchmarks
 	scripts/with-services go test -run '^$$' -bench . -benchtime 500x .
 	go test -C bench -bench .
 
+chaos: go ## break the stores and the servers, and print what happened
+	go test -C chaos -count=1 -timeout 60m -v ./...
+
 integration: go ## the tests of the image, Compose, a cluster and the browser, which need Docker
 	go test -C integration -count=1 -timeout 15m ./...
 
@@ -54,4 +57,4 @@ go:
 	    exit 1 ;; \
 	esac
 
-.PHONY: help run dev test check spec bench integration go
+.PHONY: help run dev test check spec bench chaos integration go

@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 )
@@ -24,9 +25,11 @@ func TestUnjudgedAttempt(t *testing.T) {
 	logins := &loginLimiter{window: fixedWindow{rdb, 60}, max: 3, undoTimeout: undoTimeout}
 	a := &auth{hasher: h, logins: logins}
 	email, ip := rand.Text()+"@example.test", randomAddr()
-	judge := func(want error, counters int64) {
+	judge := func(timeout time.Duration, want error, counters int64) {
 		t.Helper()
-		ctx := context.WithValue(t.Context(), requestInfoKey{}, &requestInfo{ip: ip})
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		ctx = context.WithValue(ctx, requestInfoKey{}, &requestInfo{ip: ip})
 		r := httptest.NewRequestWithContext(ctx, "POST", "/auth/login", nil)
 		if err := a.judgePassword(r, email, h.dummy, "wrong password"); err != want {
 			t.Errorf("judgePassword = %v, want %v", err, want)
@@ -37,16 +40,19 @@ func TestUnjudgedAttempt(t *testing.T) {
 		}
 	}
 	h.waiting.Store(hashQueue)
-	judge(errOverloaded, 0)
+	judge(time.Minute, errOverloaded, 0)
 	if err := errors.Join(
 		logins.giveBack(t.Context(), email, ip),
 		logins.forgive(t.Context(), email, ip),
 	); err != nil {
 		t.Error(err)
 	}
-	judge(errOverloaded, 0)
+	judge(time.Minute, errOverloaded, 0)
 	h.waiting.Store(0)
-	judge(errInvalidCredentials, 3)
+	h.slots <- struct{}{}
+	judge(500*time.Millisecond, errOverloaded, 0) // the time of the request ends before hashWait
+	h.release()
+	judge(time.Minute, errInvalidCredentials, 3)
 }
 
 // TestLostReplyIsCountedOnce checks that neither of the two kinds of client sends a command again

@@ -24,7 +24,6 @@ type postgres struct {
 	*process
 	t    *testing.T
 	port string
-	data string // its data folder
 	url  string // with the superuser postgres, whom the server trusts
 }
 
@@ -45,8 +44,32 @@ func startPostgres(t *testing.T, settings ...string) *postgres {
 // startPostgresOn starts a PostgreSQL on a data folder that is already there.
 func startPostgresOn(t *testing.T, bin, data string, settings ...string) *postgres {
 	t.Helper()
+	return runPostgres(t, []string{filepath.Join(bin, "postgres"), "-D", data}, settings)
+}
+
+// startPostgresOnSmallDisk starts a PostgreSQL whose data folder is a file system of 128 MB, in
+// memory. It skips the test where an ordinary user may not mount one in a namespace of their own.
+func startPostgresOnSmallDisk(t *testing.T, settings ...string) *postgres {
+	t.Helper()
+	namespace := []string{"unshare", "--user", "--map-root-user", "--mount"}
+	try := append(namespace, "mount", "-t", "tmpfs", "none", "/tmp")
+	if out, err := asPostgres(exec.Command(try[0], try[1:]...)).CombinedOutput(); err != nil {
+		t.Skipf("no disk of its own for PostgreSQL: %v\n%s", err, out)
+	}
+	const script = `
+		mount -t tmpfs -o size=128m none "$1"
+		cp -r "$2" "$1/data"
+		exec unshare --user --map-user=1000 setpriv --pdeathsig KILL "$3" -D "$1/data" "${@:4}"`
+	program := filepath.Join(postgresBin(t), "postgres")
+	command := append(namespace, "bash", "-ec", script, "bash",
+		newPostgresFolder(t), postgresTemplate(t), program)
+	return runPostgres(t, command, settings)
+}
+
+// runPostgres runs a command that becomes a PostgreSQL, and takes its options as arguments.
+func runPostgres(t *testing.T, command, settings []string) *postgres {
+	t.Helper()
 	port := freePort(t)
-	args := []string{"-D", data}
 	for _, setting := range append([]string{
 		"port=" + port,
 		"listen_addresses=127.0.0.1",
@@ -54,15 +77,14 @@ func startPostgresOn(t *testing.T, bin, data string, settings ...string) *postgr
 		"max_connections=300",
 		"fsync=off",
 	}, settings...) {
-		args = append(args, "-c", setting)
+		command = append(command, "-c", setting)
 	}
 	pg := &postgres{
 		t:    t,
 		port: port,
-		data: data,
 		url:  "postgres://postgres@127.0.0.1:" + port + "/postgres?sslmode=disable",
 	}
-	cmd := asPostgres(exec.Command(filepath.Join(bin, "postgres"), args...))
+	cmd := asPostgres(exec.Command(command[0], command[1:]...))
 	pg.process = startProcess(t, "postgres-"+port, cmd)
 	pg.isReady = func() bool {
 		conn, err := pgx.Connect(context.Background(), pg.url)

@@ -297,7 +297,8 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: " +
 			"random ones are used, and sessions end with this process")
 	}
-	if err := migrateWhenReachable(ctx, cfg.database.ConnConfig, log); err != nil {
+	err := migrateWhenReachable(ctx, cfg.database.ConnConfig, log)
+	if err != nil || ctx.Err() != nil {
 		return err
 	}
 	// The pool must outlive ctx, because requests in flight still need it.

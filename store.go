@@ -334,18 +334,20 @@ func (s *store) inTx(
 // postgresError turns an error of pgx into errUnavailable or errFault, and names the operation.
 // It returns nil if err is nil.
 func postgresError(operation string, err error) error {
+	if err == nil {
+		return nil
+	}
+	kind := errUnavailable
 	var reported *pgconn.PgError
 	var unreadable pgx.ScanArgError
 	switch {
-	case err == nil:
-		return nil
 	case errors.As(err, &reported) && reported.Code == "25006": // read_only_sql_transaction
-		return fmt.Errorf("%w: postgres: %s: %v", errReadOnly, operation, err)
+		kind = errReadOnly
 	case errors.As(err, &reported) && !cannotServe(reported), errors.As(err, &unreadable):
-		return fmt.Errorf("%w: postgres: %s: %v", errFault, operation, err)
-	default:
-		return fmt.Errorf("%w: postgres: %s: %v", errUnavailable, operation, err)
+		kind = errFault
 	}
+	cause := strings.ReplaceAll(err.Error(), "\n\t", " ") // pgx writes a line for each host
+	return fmt.Errorf("%w: postgres: %s: %s", kind, operation, cause)
 }
 
 // cannotServe reports whether an error of PostgreSQL means that it cannot serve at the moment. The

@@ -151,7 +151,12 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	u, g, err := a.store.createUser(r.Context(), email, hash, sessionFor(r))
+	created := newUser{
+		ID:           newUUID(),
+		Email:        email,
+		PasswordHash: hash,
+	}
+	u, g, err := a.store.createUser(r.Context(), created, sessionFor(r))
 	if err != nil {
 		return err
 	}

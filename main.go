@@ -191,10 +191,10 @@ func runVersion(stdout io.Writer) error {
 // sooner if a store is silent: within 1 s for Redis, within 2 s for PostgreSQL.
 
 const (
-	// requestTimeout bounds all that a request waits for, from its headers on: its body, the stores,
-	// a slot for hashing. The time that two hashes take is added (see hashTime): most requests
-	// compute no more, and the operator chooses their cost. The rest of the 5 s is for a hash that
-	// is under way at the deadline, and for undoTimeout.
+	// requestTimeout bounds all that a request waits for, from its headers on: its body, the
+	// stores, a slot for hashing. The time that two hashes take is added (see hashTime): most
+	// requests compute no more, and the operator chooses their cost. The rest of the 5 s is for a
+	// hash that is under way at the deadline, and for undoTimeout.
 	requestTimeout = 3500 * time.Millisecond
 
 	// defaultHashTime is about what one hash takes at the cost of defaultBcryptCost.
@@ -387,10 +387,10 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 		IdleTimeout:                  idleTimeout,
 		MaxHeaderBytes:               maxHeaderBytes,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			_ = conn.(*net.TCPConn).SetWriteBuffer(sendBuffer) // an error: the client has hung up
+			_ = conn.(*net.TCPConn).SetWriteBuffer(sendBuffer) // it fails if the client is gone
 			return ctx
 		},
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 }
 

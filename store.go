@@ -170,21 +170,29 @@ func scanUser(row pgx.Row) (user, error) {
 	return u, err
 }
 
+// newUser describes a user to be created.
+type newUser struct {
+	ID           string
+	Email        string
+	PasswordHash string
+}
+
 // createUser inserts a user and opens the first session. The user is committed only if the session
 // was opened. createUser returns errEmailExists if the email is taken.
 func (s *store) createUser(
 	ctx context.Context,
-	email, hash string,
+	created newUser,
 	first newSession,
 ) (user, grant, error) {
 	var u user
 	var g grant
-	err := s.inTx(ctx, "create user", func(ctx context.Context, tx pgx.Tx) error {
+	err := s.inUserTx(ctx, "create user", created.ID, func(ctx context.Context, tx pgx.Tx) error {
 		var err error
 		u, err = scanUser(tx.QueryRow(ctx, `
-			INSERT INTO users (email, password_hash)
-			VALUES ($1, $2)
-			RETURNING id::text, email, password_hash, created_at`, email, hash))
+			INSERT INTO users (id, email, password_hash)
+			VALUES ($1::uuid, $2, $3)
+			RETURNING id::text, email, password_hash, created_at`,
+			created.ID, created.Email, created.PasswordHash))
 		if isEmailTaken(err) {
 			return errEmailExists
 		}
@@ -212,7 +220,7 @@ func isEmailTaken(err error) bool {
 // lock on the user's row. So a password change is either seen here, or it ends this session too.
 func (s *store) openSession(ctx context.Context, u user, opened newSession) (grant, error) {
 	var g grant
-	err := s.inTx(ctx, "open session", func(ctx context.Context, tx pgx.Tx) error {
+	err := s.inUserTx(ctx, "open session", u.ID, func(ctx context.Context, tx pgx.Tx) error {
 		hash, err := lockHash(ctx, tx, u.ID)
 		switch {
 		case errors.Is(err, errNoUser):
@@ -246,7 +254,7 @@ func lockHash(ctx context.Context, tx pgx.Tx, userID string) (string, error) {
 // changePassword replaces the password hash of u and ends all sessions except keep. It returns
 // errStale if the user has another hash than u.PasswordHash by now.
 func (s *store) changePassword(ctx context.Context, u user, hash, keep string) error {
-	return s.inTx(ctx, "change password", func(ctx context.Context, tx pgx.Tx) error {
+	return s.inUserTx(ctx, "change password", u.ID, func(ctx context.Context, tx pgx.Tx) error {
 		if err := replaceHash(ctx, tx, u, hash); err != nil {
 			return err
 		}
@@ -258,7 +266,7 @@ func (s *store) changePassword(ctx context.Context, u user, hash, keep string) e
 // rehash replaces the password hash of u by another hash of the same password. All sessions go on.
 // It returns errStale if the user has another hash than u.PasswordHash by now.
 func (s *store) rehash(ctx context.Context, u user, hash string) error {
-	return s.inTx(ctx, "rehash", func(ctx context.Context, tx pgx.Tx) error {
+	return s.inUserTx(ctx, "rehash", u.ID, func(ctx context.Context, tx pgx.Tx) error {
 		if err := replaceHash(ctx, tx, u, hash); err != nil {
 			return err
 		}
@@ -281,7 +289,7 @@ func replaceHash(ctx context.Context, tx pgx.Tx, u user, hash string) error {
 // deleteUser deletes u and ends all sessions, including the caller's. It returns errStale if the
 // user has another hash than u.PasswordHash by now.
 func (s *store) deleteUser(ctx context.Context, u user, caller string) error {
-	return s.inTx(ctx, "delete user", func(ctx context.Context, tx pgx.Tx) error {
+	return s.inUserTx(ctx, "delete user", u.ID, func(ctx context.Context, tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			DELETE FROM users
 			WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash)
@@ -307,6 +315,20 @@ func expectRow(operation string, tag pgconn.CommandTag, err error) error {
 // readCommitted is the isolation level of all transactions, whatever the database's default is. A
 // statement that has waited for a lock must see what was committed meanwhile.
 var readCommitted = pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
+
+// inUserTx is inTx for a transaction that also changes the sessions of a user. It first asks Redis
+// whether it could do that. So nobody waits for a silent node of Redis while holding a connection
+// to PostgreSQL, which users on the other nodes need.
+func (s *store) inUserTx(
+	ctx context.Context,
+	operation, userID string,
+	fn func(ctx context.Context, tx pgx.Tx) error,
+) error {
+	if err := s.run(ctx, releaseScript, userID, "ready").Err(); err != nil {
+		return redisError(operation, err)
+	}
+	return s.inTx(ctx, operation, fn)
+}
 
 // inTx runs fn in a transaction and commits it if fn returns no error. An error of fn is returned
 // as it is.

@@ -354,7 +354,8 @@ func migrateWhenReachable(ctx context.Context, database *pgx.ConnConfig, log *sl
 	defer cancel()
 	pause := time.NewTicker(startPause)
 	defer pause.Stop()
-	for start := time.Now(); ; {
+	start := time.Now()
+	for {
 		_, err := migrate(ctx, database, schemaSQL)
 		if !errors.Is(err, errUnavailable) || time.Since(start) > startTimeout {
 			return err

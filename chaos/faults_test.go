@@ -329,8 +329,7 @@ func (l *lab) writeBallast(query string) error {
 		return err
 	}
 	defer conn.Close(ctx)
-	file := l.pg.query("current_setting('data_directory')") + "/ballast"
-	_, err = conn.Exec(ctx, "COPY ("+query+") TO '"+file+"'")
+	_, err = conn.Exec(ctx, "COPY ("+query+") TO '"+l.pg.data+"/ballast'")
 	return err
 }
 

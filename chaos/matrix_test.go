@@ -352,7 +352,8 @@ func awaitRecovery(t *testing.T, f fault, spares requests) time.Duration {
 					return
 				}
 				if time.Since(mended) > goodAgainLimit {
-					t.Errorf("%s, %v after the mending: %v, want %q", r.name, goodAgainLimit, a, want)
+					t.Errorf("%s, %v after the mending: %v, want %q",
+						r.name, goodAgainLimit, a, want)
 					return
 				}
 				time.Sleep(10 * time.Millisecond)

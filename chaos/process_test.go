@@ -16,14 +16,21 @@ import (
 	"time"
 )
 
-// TestMain removes after all tests what they share.
+// shared is a folder for what all tests of a run share. PostgreSQL's user may pass through it.
+var shared string
+
 func TestMain(m *testing.M) {
-	status := m.Run()
-	for _, folder := range []string{template.folder, built.folder} {
-		if folder != "" {
-			os.RemoveAll(folder)
-		}
+	var err error
+	shared, err = os.MkdirTemp("/tmp", "latchkey-chaos-") // TMPDIR may be closed to others
+	if err == nil {
+		err = os.Chmod(shared, 0o711)
 	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	status := m.Run()
+	os.RemoveAll(shared)
 	os.Exit(status)
 }
 

@@ -3,6 +3,7 @@ package chaos
 import (
 	"bufio"
 	"crypto/rand"
+	"fmt"
 	"maps"
 	"net/http"
 	"os"
@@ -121,28 +122,25 @@ func (s *server) metrics() map[string]float64 {
 	return values
 }
 
-// built is the server's executable, which is built at most once.
-var built struct {
-	once   sync.Once
-	folder string
-}
+// build builds the server's executable, at most once.
+var build = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(shared, "latchkey")
+	cmd := exec.Command("go", "build", "-o", path, ".")
+	cmd.Dir = ".."
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build: %v\n%s", err, out)
+	}
+	return path, nil
+})
 
 func binary(t *testing.T) string {
 	t.Helper()
 	if path := os.Getenv("LATCHKEY_BINARY"); path != "" {
 		return path
 	}
-	built.once.Do(func() {
-		folder, err := os.MkdirTemp("", "latchkey-chaos-")
-		if err != nil {
-			t.Fatal(err)
-		}
-		built.folder = folder
-		build := exec.Command("go", "build", "-o", filepath.Join(folder, "latchkey"), ".")
-		build.Dir = ".."
-		if out, err := build.CombinedOutput(); err != nil {
-			t.Fatalf("go build: %v\n%s", err, out)
-		}
-	})
-	return filepath.Join(built.folder, "latchkey")
+	path, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

@@ -24,6 +24,7 @@ type postgres struct {
 	*process
 	t    *testing.T
 	port string
+	data string // its data folder
 	url  string // with the superuser postgres, whom the server trusts
 }
 
@@ -44,7 +45,7 @@ func startPostgres(t *testing.T, settings ...string) *postgres {
 // startPostgresOn starts a PostgreSQL on a data folder that is already there.
 func startPostgresOn(t *testing.T, bin, data string, settings ...string) *postgres {
 	t.Helper()
-	return runPostgres(t, []string{filepath.Join(bin, "postgres"), "-D", data}, settings)
+	return runPostgres(t, data, []string{filepath.Join(bin, "postgres"), "-D", data}, settings)
 }
 
 // startPostgresOnSmallDisk starts a PostgreSQL whose data folder is a file system of 128 MB, in
@@ -60,14 +61,15 @@ func startPostgresOnSmallDisk(t *testing.T, settings ...string) *postgres {
 		mount -t tmpfs -o size=128m none "$1"
 		cp -r "$2" "$1/data"
 		exec unshare --user --map-user=1000 setpriv --pdeathsig KILL "$3" -D "$1/data" "${@:4}"`
+	folder := newPostgresFolder(t)
 	program := filepath.Join(postgresBin(t), "postgres")
 	command := append(namespace, "bash", "-ec", script, "bash",
-		newPostgresFolder(t), postgresTemplate(t), program)
-	return runPostgres(t, command, settings)
+		folder, postgresTemplate(t), program)
+	return runPostgres(t, filepath.Join(folder, "data"), command, settings)
 }
 
-// runPostgres runs a command that becomes a PostgreSQL, and takes its options as arguments.
-func runPostgres(t *testing.T, command, settings []string) *postgres {
+// runPostgres runs a command that becomes a PostgreSQL and takes its options as arguments.
+func runPostgres(t *testing.T, data string, command, settings []string) *postgres {
 	t.Helper()
 	port := freePort(t)
 	for _, setting := range append([]string{
@@ -82,6 +84,7 @@ func runPostgres(t *testing.T, command, settings []string) *postgres {
 	pg := &postgres{
 		t:    t,
 		port: port,
+		data: data,
 		url:  "postgres://postgres@127.0.0.1:" + port + "/postgres?sslmode=disable",
 	}
 	cmd := asPostgres(exec.Command(command[0], command[1:]...))
@@ -132,52 +135,64 @@ func (pg *postgres) query(sql string, args ...any) (text string) {
 
 // template is a data folder that every PostgreSQL of a run is copied from, since initdb is slow.
 var template struct {
-	once   sync.Once
-	folder string
+	once sync.Once
+	data string
+	err  error
 }
 
 func postgresTemplate(t *testing.T) string {
 	t.Helper()
-	template.once.Do(func() {
-		template.folder = makePostgresFolder(t)
-		cmd := exec.Command(
-			filepath.Join(postgresBin(t), "initdb"),
-			"--pgdata="+filepath.Join(template.folder, "data"),
-			"--username=postgres",
-			"--auth=trust",
-			"--encoding=UTF8",
-			"--locale=C",
-			"--no-sync",
-		)
-		if out, err := asPostgres(cmd).CombinedOutput(); err != nil {
-			t.Fatalf("initdb: %v\n%s", err, out)
-		}
-	})
-	return filepath.Join(template.folder, "data")
+	bin := postgresBin(t)
+	template.once.Do(func() { template.data, template.err = initdb(bin) })
+	if template.err != nil {
+		t.Fatal(template.err)
+	}
+	return template.data
+}
+
+func initdb(bin string) (data string, err error) {
+	folder, err := makePostgresFolder()
+	if err != nil {
+		return "", err
+	}
+	data = filepath.Join(folder, "data")
+	cmd := exec.Command(
+		filepath.Join(bin, "initdb"),
+		"--pgdata="+data,
+		"--username=postgres",
+		"--auth=trust",
+		"--encoding=UTF8",
+		"--locale=C",
+		"--no-sync",
+	)
+	if out, err := asPostgres(cmd).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("initdb: %v\n%s", err, out)
+	}
+	return data, nil
 }
 
 // newPostgresFolder makes a folder for PostgreSQL that is removed when the test ends.
 func newPostgresFolder(t *testing.T) string {
 	t.Helper()
-	folder := makePostgresFolder(t)
+	folder, err := makePostgresFolder()
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() { os.RemoveAll(folder) })
 	return folder
 }
 
 // makePostgresFolder makes a folder that belongs to PostgreSQL's user. It is not in t.TempDir,
 // which is closed to that user.
-func makePostgresFolder(t *testing.T) string {
-	t.Helper()
-	folder, err := os.MkdirTemp("/tmp", "latchkey-chaos-")
+func makePostgresFolder() (string, error) {
+	folder, err := os.MkdirTemp(shared, "postgres-")
 	if err != nil {
-		t.Fatal(err)
+		return "", err
 	}
 	if credential := postgresCredential(); credential != nil {
-		if err := os.Chown(folder, int(credential.Uid), int(credential.Gid)); err != nil {
-			t.Fatal(err)
-		}
+		err = os.Chown(folder, int(credential.Uid), int(credential.Gid))
 	}
-	return folder
+	return folder, err
 }
 
 // asPostgres makes cmd run as an ordinary user if we are root, because PostgreSQL refuses to run

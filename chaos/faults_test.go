@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"strconv"
 	"testing"
 	"time"
 
@@ -27,11 +28,12 @@ type lab struct {
 var limits = vars{
 	"RATE_LIMIT_MAX":    "20",
 	"RATE_LIMIT_WINDOW": "900",
-	"LOGIN_LIMIT_MAX":   "3",
+	"LOGIN_LIMIT_MAX":   strconv.Itoa(loginLimit),
 	"DB_POOL_SIZE":      "40",
 }
 
-// startLab starts a server with the settings of limits. Its Redis loses nothing when it is killed.
+// startLab starts a server with the settings of limits. Its Redis loses nothing when it is killed:
+// it writes to its file before it answers, and the operating system lives on.
 func startLab(t *testing.T, f fault) *lab {
 	startPostgres := startPostgres
 	if f.disk {
@@ -40,7 +42,7 @@ func startLab(t *testing.T, f fault) *lab {
 	l := &lab{
 		t:     t,
 		pg:    startPostgres(t, "max_connections=50"),
-		redis: startRedis(t, "appendonly yes", "appendfsync always"),
+		redis: startRedis(t, "appendonly yes", "appendfsync no"),
 	}
 	env := vars{"DATABASE_URL": l.pg.url, "REDIS_URL": l.redis.url}
 	if f.proxied {

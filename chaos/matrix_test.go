@@ -29,6 +29,9 @@ const (
 	// spareGoroutines are those that the runtime and the pools may start at any time.
 	spareGoroutines = 10
 
+	// loginLimit is the server's LOGIN_LIMIT_MAX.
+	loginLimit = 3
+
 	// askers is how many users ask each route while the store is broken.
 	askers = 3
 )
@@ -237,6 +240,10 @@ func breakStore(t *testing.T, f fault) row {
 	for _, p := range probes {
 		requests[p.name] = []func() answer{p.ask}
 	}
+	patient := signedUp(t, l.server)
+	for range loginLimit {
+		requests[patient.email] = append(requests[patient.email], patient.copy().login)
+	}
 	spares := prepareRoutes(t, l.server, 1)
 	askAll(prepareRoutes(t, l.server, askers)) // so that the pools have grown
 	before := l.quietMetrics()
@@ -258,7 +265,7 @@ func breakStore(t *testing.T, f fault) row {
 		checkProbeAfter(t, f, p, p.ask())
 	}
 	if f.store == "PostgreSQL" && f.after == nil {
-		checkRefreshAgain(t, requests["refresh"])
+		checkNotUsedUp(t, requests["refresh"], patient)
 	}
 	l.awaitQuiet(before)
 	return result
@@ -326,12 +333,16 @@ func checkProbeAfter(t *testing.T, f fault, p probe, a answer) {
 	}
 }
 
-// checkRefreshAgain checks that no refresh token was used up without its successor being given.
-func checkRefreshAgain(t *testing.T, asks []func() answer) {
-	for _, ask := range asks {
-		if a := ask(); !a.ok() {
+// checkNotUsedUp checks that requests that PostgreSQL has failed cost nothing: refresh tokens are
+// still good, and logins with the right password do not count as failures.
+func checkNotUsedUp(t *testing.T, refreshes []func() answer, patient *user) {
+	for _, refresh := range refreshes {
+		if a := refresh(); !a.ok() {
 			t.Errorf("after the mending, the same refresh token: %v", a)
 		}
+	}
+	if a := patient.login(); !a.ok() {
+		t.Errorf("after %d failed logins and the mending, one more: %v", loginLimit, a)
 	}
 }
 

@@ -33,9 +33,9 @@ const (
 	// cores, which the server shares with its stores and with all clients.
 	floodedP99 = 2 * time.Second
 
-	// loginLimit bounds every login. The server gives each request 5 s; the rest is for a busy
+	// slowestLogin bounds every login. The server gives each request 5 s; the rest is for a busy
 	// machine.
-	loginLimit = 10 * time.Second
+	slowestLogin = 10 * time.Second
 
 	// idleMemory bounds the resident memory of an idle connection. It takes about a third of that.
 	idleMemory = 64 << 10
@@ -176,7 +176,7 @@ func startFlood(t *testing.T, u *user) (stop func() (good, refused int64)) {
 			for !ended.Load() {
 				a := client.login()
 				switch {
-				case a.took > loginLimit:
+				case a.took > slowestLogin:
 					t.Errorf("login: %v", a)
 				case a.ok():
 					succeeded.Add(1)

@@ -88,6 +88,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
@@ -207,6 +208,11 @@ const (
 	// postgresTimeout bounds one operation on PostgreSQL: waiting for a connection, making one, and
 	// a whole transaction. The slowest that is of use is a commit on a busy disk.
 	postgresTimeout = 1500 * time.Millisecond
+
+	// postgresCloseTimeout bounds how long a connection takes to end in good order after an
+	// operation on it has timed out. pgx would take 15 s if the server is silent, and for so long the
+	// connection would occupy its place in the pool.
+	postgresCloseTimeout = 300 * time.Millisecond
 
 	// redisTimeout bounds each dial, write and read. A script takes well under 10 ms, so this is
 	// time for the network to send a lost packet again.
@@ -810,6 +816,7 @@ func (e *environment) database() *pgxpool.Config {
 	e.statements(cfg.ConnConfig)
 	cfg.MaxConns = int32(size)
 	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, dialTime(cfg.ConnConfig))
+	boundClosing(&cfg.ConnConfig.Config)
 	params := cfg.ConnConfig.RuntimeParams
 	maps.DeleteFunc(params, func(name, _ string) bool {
 		return strings.EqualFold(name, "timezone")
@@ -851,6 +858,41 @@ func dialTime(cfg *pgx.ConnConfig) time.Duration {
 		return postgresTimeout
 	}
 	return postgresTimeout / time.Duration(len(hosts)+1)
+}
+
+// boundClosing makes a connection to a silent server end soon after an operation on it has timed
+// out. pgx then makes a second connection, to ask the server to cancel the operation, and waits for
+// the end of both.
+func boundClosing(cfg *pgconn.Config) {
+	dial := cfg.DialFunc
+	cfg.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, cfg.ConnectTimeout)
+		defer cancel()
+		conn, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		// For the second connection this is the only deadline. AfterConnect takes it off the first.
+		_ = conn.SetDeadline(time.Now().Add(cfg.ConnectTimeout))
+		return closingConn{conn}, nil
+	}
+	cfg.AfterConnect = func(_ context.Context, connected *pgconn.PgConn) error {
+		return connected.Conn().SetDeadline(time.Time{})
+	}
+}
+
+// closingConn is a connection whose deadlines are no later than postgresCloseTimeout from now. pgx
+// sets a deadline in the future only if it is about to close the connection.
+type closingConn struct {
+	net.Conn
+}
+
+func (c closingConn) SetDeadline(t time.Time) error {
+	latest := time.Now().Add(postgresCloseTimeout)
+	if t.After(latest) {
+		t = latest
+	}
+	return c.Conn.SetDeadline(t)
 }
 
 // isStoreURL reports whether a URL has one of the schemes, and no @ except one before its host. Any

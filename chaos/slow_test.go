@@ -1,0 +1,171 @@
+package chaos
+
+import (
+	"bufio"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+const (
+	// slowSenderLimit is the time in which the headers and the body of a request must arrive.
+	slowSenderLimit = 4 * time.Second
+
+	// slowReaderLimit is how long the server waits for a client that reads nothing.
+	slowReaderLimit = 20 * time.Second
+
+	// slowMargin is added to both for a busy machine. A client that never reads is also answered
+	// until its buffers are full, which takes a second or two.
+	slowMargin = 5 * time.Second
+)
+
+// TestSlowClients lets clients be slow in each way that could hold a connection for long. The
+// server cuts them off in time, serves others meanwhile, and has nothing left of them in the end.
+func TestSlowClients(t *testing.T) {
+	s := startServer(t, vars{
+		"DATABASE_URL": startPostgres(t).url,
+		"REDIS_URL":    startRedis(t).url,
+	})
+	u := signedUp(t, s)
+	before := s.metrics()["go_goroutines"]
+	var slow sync.WaitGroup
+	for range 10 {
+		slow.Go(func() { sendSlowHeaders(t, s) })
+		slow.Go(func() { sendSlowBody(t, s, "") })
+		slow.Go(func() { sendSlowBody(t, s, `{"email": "somebody@example.com"`) })
+	}
+	for range 50 {
+		slow.Go(func() { neverRead(t, s) })
+	}
+	useMeanwhile(t, u, &slow)
+	u.server.http.CloseIdleConnections()
+	eventually(t, slowMargin, "nothing is left of the slow clients", func() bool {
+		return s.metrics()["go_goroutines"] < before+10
+	})
+}
+
+// useMeanwhile makes requests until others are done. Each must succeed.
+func useMeanwhile(t *testing.T, u *user, others *sync.WaitGroup) {
+	done := make(chan struct{})
+	go func() {
+		others.Wait()
+		close(done)
+	}()
+	requests := 0
+	slowest := time.Duration(0)
+	for {
+		select {
+		case <-done:
+			t.Logf("%d requests meanwhile, the slowest took %v", requests, slowest)
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+		for _, a := range []answer{u.refresh(), u.me()} {
+			requests++
+			slowest = max(slowest, a.took)
+			if !a.ok() {
+				t.Errorf("meanwhile: %v", a)
+			}
+		}
+	}
+}
+
+// sendSlowHeaders sends headers at one byte a second. The connection is cut.
+func sendSlowHeaders(t *testing.T, s *server) {
+	conn := dial(t, s)
+	defer conn.Close()
+	began := time.Now()
+	go dribble(conn, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+	conn.SetReadDeadline(began.Add(slowSenderLimit + slowMargin))
+	if _, err := io.ReadAll(conn); isTimeout(err) {
+		t.Errorf("slow headers: the connection is still open after %v", time.Since(began))
+	}
+}
+
+// sendSlowBody sends headers, and at most one byte of the body a second. The answer is 408, and the
+// connection is closed.
+func sendSlowBody(t *testing.T, s *server, body string) {
+	conn := dial(t, s)
+	defer conn.Close()
+	began := time.Now()
+	io.WriteString(conn, "POST /auth/login HTTP/1.1\r\n"+
+		"Host: localhost\r\n"+
+		"Content-Type: application/json\r\n"+
+		"Content-Length: 100\r\n"+
+		"\r\n")
+	go dribble(conn, body)
+	conn.SetReadDeadline(began.Add(slowSenderLimit + slowMargin))
+	buffered := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(buffered, nil)
+	if err != nil {
+		t.Errorf("slow body %q: %v after %v", body, err, time.Since(began))
+		return
+	}
+	defer resp.Body.Close()
+	var problem struct {
+		StatusCode int
+		Code       string
+		RequestID  string
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&problem); err != nil ||
+		resp.StatusCode != http.StatusRequestTimeout ||
+		problem.StatusCode != http.StatusRequestTimeout ||
+		problem.Code != "request_timeout" ||
+		problem.RequestID != resp.Header.Get("X-Request-Id") {
+		t.Errorf("slow body %q: %s %+v %v", body, resp.Status, problem, err)
+	}
+	if took := time.Since(began); took < slowSenderLimit-time.Second/2 {
+		t.Errorf("slow body %q: the answer came after %v", body, took)
+	}
+	if _, err := io.Copy(io.Discard, buffered); isTimeout(err) {
+		t.Errorf("slow body %q: the connection is still open", body)
+	}
+}
+
+// neverRead sends requests without a pause and never reads an answer. The connection is cut, so
+// that a write fails.
+func neverRead(t *testing.T, s *server) {
+	conn := dial(t, s)
+	defer conn.Close()
+	began := time.Now()
+	requests := strings.Repeat("GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", 100)
+	conn.SetWriteDeadline(began.Add(slowReaderLimit + slowMargin))
+	for {
+		_, err := io.WriteString(conn, requests)
+		switch {
+		case isTimeout(err):
+			t.Errorf("a client that never reads is still there after %v", time.Since(began))
+			return
+		case err != nil:
+			return
+		}
+	}
+}
+
+// dribble sends one byte of a text a second, for as long as the connection is open.
+func dribble(conn net.Conn, text string) {
+	for i := range len(text) {
+		if _, err := io.WriteString(conn, text[i:i+1]); err != nil {
+			return
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+func dial(t *testing.T, s *server) net.Conn {
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+func isTimeout(err error) bool {
+	netErr, ok := err.(net.Error)
+	return ok && netErr.Timeout()
+}

@@ -210,8 +210,8 @@ const (
 	postgresTimeout = 1500 * time.Millisecond
 
 	// postgresCloseTimeout bounds how long a connection takes to end in good order after an
-	// operation on it has timed out. pgx would take 15 s if the server is silent, and for so long the
-	// connection would occupy its place in the pool.
+	// operation on it has timed out. If the server is silent, pgx would take 15 s, and until then
+	// the connection would occupy its place in the pool.
 	postgresCloseTimeout = 300 * time.Millisecond
 
 	// redisTimeout bounds each dial, write and read. A script takes well under 10 ms, so this is
@@ -260,6 +260,10 @@ const (
 	// idleTimeout bounds the time between two requests on a connection. It is longer than the
 	// minute or so for which proxies keep theirs, so that the proxy is the one to close.
 	idleTimeout = 2 * time.Minute
+
+	// closePause is the time from closing the listener to closing the connections. The requests on
+	// connections that were accepted last are read within it.
+	closePause = 100 * time.Millisecond
 
 	// healthcheckTimeout bounds the subcommand healthcheck. It is more than a server takes to find
 	// out that both stores are silent.
@@ -323,7 +327,8 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	failed := make(chan error, 2)
 	server := newServer(app.handler, log)
 	defer server.Close()
-	if err := listen(server, "PORT", ":"+strconv.Itoa(cfg.port), log, failed); err != nil {
+	listener, err := listen(server, "PORT", ":"+strconv.Itoa(cfg.port), log, failed)
+	if err != nil {
 		return err
 	}
 	if cfg.metricsAddr != "" {
@@ -331,7 +336,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		mux.Handle("GET /metrics", app.metrics)
 		metricsServer := newServer(mux, log)
 		defer metricsServer.Close()
-		if err := listen(metricsServer, "METRICS_ADDR", cfg.metricsAddr, log, failed); err != nil {
+		if _, err := listen(metricsServer, "METRICS_ADDR", cfg.metricsAddr, log, failed); err != nil {
 			return err
 		}
 	}
@@ -345,7 +350,16 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	app.draining.Store(true)
 	// Everything is still served. Meanwhile proxies see /readyz fail, and send no more requests.
 	time.Sleep(cfg.shutdownDelay)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout)
+	return shutDown(server, listener, cfg.shutdownTimeout)
+}
+
+// shutDown closes the listener, and waits until the requests in flight have been answered. After
+// the timeout it returns an error.
+func shutDown(server *http.Server, listener net.Listener, timeout time.Duration) error {
+	_ = listener.Close()
+	// Shutdown drops requests that have just been read, so it comes last.
+	time.Sleep(closePause)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
 		return fmt.Errorf("requests cut off after SHUTDOWN_TIMEOUT: %v", err)
@@ -401,21 +415,21 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// listen opens a listener and serves on it in the background. variable is the name of the variable
-// that addr comes from. If serving ends, listen sends the reason to failed.
+// listen returns a listener on which it serves in the background. variable is the name of the
+// variable that addr comes from. If serving ends, listen sends the reason to failed.
 func listen(
 	server *http.Server,
 	variable, addr string,
 	log *slog.Logger,
 	failed chan<- error,
-) error {
+) (net.Listener, error) {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
-		return fmt.Errorf("%s: %v", variable, err)
+		return nil, fmt.Errorf("%s: %v", variable, err)
 	}
 	log.Info("listening", "addr", listener.Addr().String(), "for", variable)
 	go func() { failed <- server.Serve(listener) }()
-	return nil
+	return listener, nil
 }
 
 // newLogger returns a logger that writes JSON, or text in development. Its times are in UTC.

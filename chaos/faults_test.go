@@ -12,10 +12,12 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// A lab is one server on stores of its own.
+// A lab is a server on stores of its own, and a replica without the rate limit. The rate limit
+// could hide that what comes after it lets something through.
 type lab struct {
 	*server
 	t             *testing.T
+	unlimited     *server
 	pg            *postgres
 	redis         *redisNode
 	postgresProxy *proxy // the server reaches PostgreSQL and Redis through them
@@ -32,7 +34,7 @@ var limits = vars{
 	"DB_POOL_SIZE":      "40",
 }
 
-// startLab starts a server with the settings of limits. Its Redis loses nothing when it is killed:
+// startLab starts servers with the settings of limits. Their Redis loses nothing when it is killed:
 // it writes to its file before it answers, and the operating system lives on.
 func startLab(t *testing.T, f fault) *lab {
 	startPostgres := startPostgres
@@ -41,7 +43,7 @@ func startLab(t *testing.T, f fault) *lab {
 	}
 	l := &lab{
 		t:     t,
-		pg:    startPostgres(t, "max_connections=50"),
+		pg:    startPostgres(t, "max_connections=100"),
 		redis: startRedis(t, "appendonly yes", "appendfsync no"),
 	}
 	env := vars{"DATABASE_URL": l.pg.url, "REDIS_URL": l.redis.url}
@@ -53,6 +55,8 @@ func startLab(t *testing.T, f fault) *lab {
 	}
 	maps.Copy(env, limits)
 	l.server = startServer(t, env)
+	env["RATE_LIMIT_MAX"] = "0"
+	l.unlimited = startServer(t, env)
 	return l
 }
 

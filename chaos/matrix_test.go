@@ -163,20 +163,42 @@ type probe struct {
 	counted bool   // it is refused for a counter of Redis
 }
 
-func prepareProbes(t *testing.T, s *server) []probe {
-	out := signedUp(t, s)
+func prepareProbes(t *testing.T, l *lab) []probe {
+	out := signedUp(t, l.unlimited)
 	dead := out.copy()
 	if a := out.logout(); !a.ok() {
 		t.Fatalf("logout: %v", a)
 	}
-	wrong := signedUp(t, s)
+	wrong := signedUp(t, l.unlimited)
 	wrong.password += " not"
 	return []probe{
-		{"a dead access token", func() answer { return dead.copy().me() }, revoked[0], false},
-		{"a dead refresh token", func() answer { return dead.copy().refresh() }, revoked[0], false},
-		{"a wrong password", wrong.login, badLogin[0], false},
-		{"over the rate limit", rateLimited(t, s).sessions, "429 rate_limited", true},
-		{"over the login limit", loginLimited(t, s).login, "429 too_many_attempts", true},
+		{
+			name:    "a dead access token",
+			ask:     func() answer { return dead.copy().me() },
+			refused: "401 session_revoked",
+		},
+		{
+			name:    "a dead refresh token",
+			ask:     func() answer { return dead.copy().refresh() },
+			refused: "401 session_revoked",
+		},
+		{
+			name:    "a wrong password",
+			ask:     wrong.login,
+			refused: "401 invalid_credentials",
+		},
+		{
+			name:    "over the login limit",
+			ask:     loginLimited(t, l.unlimited).login,
+			refused: "429 too_many_attempts",
+			counted: true,
+		},
+		{
+			name:    "over the rate limit",
+			ask:     rateLimited(t, l.server).sessions,
+			refused: "429 rate_limited",
+			counted: true,
+		},
 	}
 }
 
@@ -235,7 +257,7 @@ func TestMatrix(t *testing.T) {
 // breakStore makes one row of the matrix.
 func breakStore(t *testing.T, f fault) row {
 	l := startLab(t, f)
-	probes := prepareProbes(t, l.server)
+	probes := prepareProbes(t, l)
 	requests := prepareRoutes(t, l.server, askers)
 	for _, p := range probes {
 		requests[p.name] = []func() answer{p.ask}

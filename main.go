@@ -336,7 +336,8 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		mux.Handle("GET /metrics", app.metrics)
 		metricsServer := newServer(mux, log)
 		defer metricsServer.Close()
-		if _, err := listen(metricsServer, "METRICS_ADDR", cfg.metricsAddr, log, failed); err != nil {
+		_, err := listen(metricsServer, "METRICS_ADDR", cfg.metricsAddr, log, failed)
+		if err != nil {
 			return err
 		}
 	}

@@ -52,12 +52,6 @@ func (p *proxy) slow(d time.Duration) { p.addToxic("latency", "latency", int(d.M
 // cut closes every connection once it has delivered so many more bytes of answers.
 func (p *proxy) cut(bytes int) { p.addToxic("limit_data", "bytes", bytes) }
 
-// silence holds every answer back, on old and new connections.
-func (p *proxy) silence() { p.addToxic("timeout", "timeout", 0) }
-
-// reset answers whatever is sent with a TCP reset.
-func (p *proxy) reset() { p.addToxic("reset_peer", "timeout", 0) }
-
 // addToxic adds one of toxiproxy's toxics.
 func (p *proxy) addToxic(toxic, attribute string, value int) {
 	p.t.Helper()

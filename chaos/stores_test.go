@@ -267,31 +267,17 @@ type redisNode struct {
 // Without one that says otherwise, it keeps nothing on the disk.
 func startRedis(t *testing.T, settings ...string) *redisNode {
 	t.Helper()
-	return startRedisProgram(t, "", settings...)
-}
-
-// startSentinel starts a Redis Sentinel. Each of settings is a line of sentinel.conf.
-func startSentinel(t *testing.T, settings ...string) *redisNode {
-	t.Helper()
-	return startRedisProgram(t, "--sentinel", settings...)
-}
-
-func startRedisProgram(t *testing.T, mode string, settings ...string) *redisNode {
-	t.Helper()
 	port := freePort(t)
 	folder := t.TempDir()
-	lines := []string{"bind 127.0.0.1", "port " + port, "dir " + folder}
-	if mode == "" {
-		lines = append(lines, `save ""`)
-	}
-	lines = append(lines, settings...)
+	lines := append([]string{
+		"bind 127.0.0.1",
+		"port " + port,
+		"dir " + folder,
+		`save ""`,
+	}, settings...)
 	file := filepath.Join(folder, "redis.conf")
 	if err := os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
 		t.Fatal(err)
-	}
-	cmd := exec.Command("redis-server", file)
-	if mode != "" {
-		cmd.Args = append(cmd.Args, mode)
 	}
 	r := &redisNode{
 		t:    t,
@@ -303,7 +289,7 @@ func startRedisProgram(t *testing.T, mode string, settings ...string) *redisNode
 		}),
 	}
 	t.Cleanup(func() { r.client.Close() })
-	r.process = startProcess(t, "redis-"+port, cmd)
+	r.process = startProcess(t, "redis-"+port, exec.Command("redis-server", file))
 	r.isReady = func() bool {
 		return r.client.Ping(context.Background()).Err() == nil
 	}

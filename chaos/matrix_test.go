@@ -444,7 +444,7 @@ func cell(answers []answer) string {
 	}
 	slices.Sort(outcomes)
 	text := strings.Join(slices.Compact(outcomes), ", ")
-	if longest >= 50*time.Millisecond {
+	if longest >= 100*time.Millisecond {
 		text += fmt.Sprintf(" %.1f s", longest.Seconds())
 	}
 	return text

@@ -228,8 +228,8 @@ var session = []func(*looper){
 // haunt shows the tokens of a session that has ended, perhaps long ago.
 func (u *looper) haunt() {
 	if u.ghost != nil {
-		u.mustBeDead("an access token after its logout", u.died, u.ghost.me)
-		u.mustBeDead("a refresh token after its logout", u.died, u.ghost.refresh)
+		u.mustBeDead("an access token after its logout", u.died, u.ghost.copy().me)
+		u.mustBeDead("a refresh token after its logout", u.died, u.ghost.copy().refresh)
 	}
 }
 

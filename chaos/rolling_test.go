@@ -18,8 +18,8 @@ const (
 	// two seconds apart.
 	longDelay = 8 * time.Second
 
-	// restartTime is how long a restarting server is away. It is longer than HAProxy tries to reach a
-	// server that it still counts as up: three more times, a second apart.
+	// restartTime is how long a restarting server is away. It is longer than HAProxy tries to reach
+	// a server that it still counts as up: three more times, a second apart.
 	restartTime = 4 * time.Second
 )
 

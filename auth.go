@@ -9,6 +9,7 @@ import (
 	_ "embed"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"maps"
@@ -818,13 +819,16 @@ func newHasher(slots, cost int, queue int64, wait time.Duration) (*hasher, error
 }
 
 // acquire takes a slot. It returns errOverloaded if no slot becomes free in time, or if too many
-// requests wait already.
+// requests wait already, and errUnavailable if the stores have used up the time of the request.
 func (h *hasher) acquire(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: no time is left to hash", errUnavailable)
+	}
 	ctx, cancel := context.WithTimeout(ctx, h.wait)
 	defer cancel()
 	waiting := h.waiting.Add(1)
 	defer h.waiting.Add(-1)
-	if waiting <= h.queue && ctx.Err() == nil {
+	if waiting <= h.queue {
 		select {
 		case h.slots <- struct{}{}:
 			return nil

@@ -188,17 +188,19 @@ func runVersion(stdout io.Writer) error {
 	return err
 }
 
-// Deadlines, pools and retries. A request is answered within 5 s of its headers being read, and
-// sooner if a store is silent: within 1 s for Redis, within 2 s for PostgreSQL.
+// Deadlines, pools and retries. A request is answered within 5 s of its headers being read. If a
+// store is silent, the answer comes within 1 s of asking Redis, or 2 s of asking PostgreSQL.
 
 const (
-	// requestTimeout bounds all that a request waits for, from its headers on: its body, the
-	// stores, a slot for hashing. The time that two hashes take is added (see hashTime): most
-	// requests compute no more, and the operator chooses their cost. The rest of the 5 s is for a
-	// hash that is under way at the deadline, and for undoTimeout.
+	// requestTimeout bounds all that a request waits for, from its headers on: the stores, and a
+	// slot for hashing. The time that two hashes take is added (see hashTime): most requests
+	// compute no more, and the operator chooses their cost. One hash more may be under way at the
+	// deadline, and then there is undoTimeout. That makes 4.5 s at the default cost. The rest of
+	// the 5 s is for a busy machine. If the body is late, it leaves less time for the rest.
 	requestTimeout = 3500 * time.Millisecond
 
-	// defaultHashTime is about what one hash takes at the cost of defaultBcryptCost.
+	// defaultHashTime is about what one hash takes at the cost of defaultBcryptCost, on a machine
+	// that is not busy.
 	defaultHashTime = 250 * time.Millisecond
 
 	// undoTimeout bounds what is still done after the deadline of a request: an attempt to log in
@@ -209,29 +211,34 @@ const (
 	// a whole transaction. The slowest that is of use is a commit on a busy disk.
 	postgresTimeout = 1500 * time.Millisecond
 
-	// postgresCloseTimeout bounds how long a connection takes to end in good order after an
-	// operation on it has timed out. If the server is silent, pgx would take 15 s, and until then
-	// the connection would occupy its place in the pool.
+	// postgresCloseTimeout bounds the last step of closing a connection whose operation has timed
+	// out, which is to say goodbye. Before that, pgx asks the server to cancel the operation, which
+	// takes at most two times the timeout for connecting. Until both are over, the connection
+	// occupies its place in the pool. pgx would allow 15 s.
 	postgresCloseTimeout = 300 * time.Millisecond
 
 	// redisTimeout bounds each dial, write and read. A script takes well under 10 ms, so this is
 	// time for the network to send a lost packet again.
 	redisTimeout = 700 * time.Millisecond
 
-	// redisPoolTimeout bounds the wait for a connection to Redis. Together with redisTimeout it is
-	// less than a second.
-	redisPoolTimeout = redisTimeout / 4
+	// redisPoolTimeout bounds the wait for a connection to Redis. If Redis is silent, a request
+	// waits for a connection and then for an answer, and both together take less than a second.
+	redisPoolTimeout = 175 * time.Millisecond
 
 	// redisPoolSize is the number of connections to Redis, for each node of a cluster. A connection
 	// is busy for less than a millisecond, so few requests wait for one. If a node is silent, these
 	// are also the requests that wait for it at the same time.
 	redisPoolSize = 100
 
-	// noRetries turns the retries of the Redis client off, and noRedirects those of its cluster
-	// client. A command that counts or rotates may have been executed although its answer was lost,
-	// so the client must never send one twice.
-	noRetries   = -1
-	noRedirects = -1
+	// redisPipelinePoolSize turns off a second pool, which commands would wait for as well.
+	redisPipelinePoolSize = -1
+
+	// redisRetries and redisRedirects turn off that the Redis client sends a command again. One
+	// that counts or rotates may have been executed although its answer was lost. redisDials is the
+	// number of tries to connect.
+	redisRetries   = -1
+	redisRedirects = -1
+	redisDials     = 1
 
 	// hashWait is the longest wait for a hashing slot. A user would hardly wait longer.
 	hashWait = 2 * time.Second
@@ -240,10 +247,11 @@ const (
 	// about what a machine with 32 processors can hash within hashWait.
 	hashQueue = 256
 
-	// startTimeout bounds how long the start waits for PostgreSQL, and startPause the time from one
-	// try to the next.
+	// startTimeout bounds how long the start tries to reach PostgreSQL. The contract says 30 s.
 	startTimeout = 30 * time.Second
-	startPause   = time.Second
+
+	// startPause is the time from one try to the next, each of which is a line in the log.
+	startPause = time.Second
 
 	// migrationTimeout bounds all migrations together. Building an index on an adopted table with
 	// a few hundred million rows takes minutes.
@@ -261,8 +269,8 @@ const (
 	// minute or so for which proxies keep theirs, so that the proxy is the one to close.
 	idleTimeout = 2 * time.Minute
 
-	// closePause is the time from closing the listener to closing the connections. The requests on
-	// connections that were accepted last are read within it.
+	// closePause is the time from closing the listener to closing the connections. It lets requests
+	// that are just arriving be read, because net/http drops those once it is shutting down.
 	closePause = 100 * time.Millisecond
 
 	// healthcheckTimeout bounds the subcommand healthcheck. It is more than a server takes to find
@@ -358,7 +366,6 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 // the timeout it returns an error.
 func shutDown(server *http.Server, listener net.Listener, timeout time.Duration) error {
 	_ = listener.Close()
-	// Shutdown drops requests that have just been read, so it comes last.
 	time.Sleep(closePause)
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
@@ -368,16 +375,19 @@ func shutDown(server *http.Server, listener net.Listener, timeout time.Duration)
 	return nil
 }
 
-// migrateWhenReachable migrates as soon as PostgreSQL can be reached. It waits for that no longer
-// than startTimeout, and logs each try. It returns nil if ctx ends meanwhile.
+// migrateWhenReachable migrates as soon as PostgreSQL can be reached. It begins no try later than
+// startTimeout, and logs each that fails. It returns nil if ctx ends meanwhile.
 func migrateWhenReachable(ctx context.Context, database *pgx.ConnConfig, log *slog.Logger) error {
-	ctx, cancel := context.WithTimeout(ctx, migrationTimeout)
+	migrating, cancel := context.WithTimeout(ctx, migrationTimeout)
 	defer cancel()
 	pause := time.NewTicker(startPause)
 	defer pause.Stop()
 	start := time.Now()
 	for {
-		_, err := migrate(ctx, database, schemaSQL)
+		_, err := migrate(migrating, database, schemaSQL)
+		if ctx.Err() != nil {
+			return nil
+		}
 		if !errors.Is(err, errUnavailable) || time.Since(start) > startTimeout {
 			return err
 		}
@@ -392,11 +402,16 @@ func migrateWhenReachable(ctx context.Context, database *pgx.ConnConfig, log *sl
 
 // newRedisClient returns a client for a single Redis or a cluster.
 func newRedisClient(options *redis.UniversalOptions) redis.UniversalClient {
-	rdb := redis.NewUniversalClient(options)
-	if cluster, ok := rdb.(*redis.ClusterClient); ok {
-		cluster.AddHook(reloadHook{cluster})
+	if !options.IsClusterMode {
+		return redis.NewClient(options.Simple())
 	}
-	return rdb
+	clusterOptions := options.Cluster()
+	// Without this, the client asks for the list of all commands before it sends its first one.
+	// That takes up to 5 s, which no deadline of ours bounds.
+	clusterOptions.DisableRoutingPolicies = true
+	cluster := redis.NewClusterClient(clusterOptions)
+	cluster.AddHook(reloadHook{cluster})
+	return cluster
 }
 
 // newServer returns an HTTP server with bounded resources.
@@ -582,11 +597,14 @@ func healthz(w http.ResponseWriter, _ *http.Request) error {
 	return writeJSON(w, http.StatusOK, healthAnswer{Status: "ok"})
 }
 
-// readyz answers 200 as long as both stores answer and the process is not shutting down.
+// readyz answers 200 as long as both stores take writes and the process is not shutting down.
 func readyz(s *store, draining *atomic.Bool) handlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) error {
-		postgresErr := s.postgresReady(r.Context())
-		redisErr := s.redisReady(r.Context())
+		var postgresErr, redisErr error
+		var checks sync.WaitGroup
+		checks.Go(func() { postgresErr = s.postgresReady(r.Context()) })
+		checks.Go(func() { redisErr = s.redisReady(r.Context()) })
+		checks.Wait()
 		answer := healthAnswer{
 			Status:   "ok",
 			Postgres: availability(postgresErr),
@@ -599,7 +617,7 @@ func readyz(s *store, draining *atomic.Bool) handlerFunc {
 		if cause == nil {
 			cause = errors.New("shutting down")
 		}
-		infoOf(r).err = fmt.Errorf("%w: %v", errUnavailable, cause)
+		infoOf(r).err = fmt.Errorf("%w: not ready: %v", errUnavailable, cause)
 		answer.Status = "unavailable"
 		w.Header().Set("Retry-After", "1")
 		return writeJSON(w, http.StatusServiceUnavailable, answer)
@@ -845,8 +863,8 @@ func (e *environment) database() *pgxpool.Config {
 func (e *environment) statements(cfg *pgx.ConnConfig) {
 	switch mode := cfg.DefaultQueryExecMode; {
 	case mode == pgx.QueryExecModeDescribeExec:
-		// A pooler such as PgBouncer may send the second of its two round trips to another
-		// connection, where the answer belongs to the statement of another request.
+		// This mode takes two round trips. A pooler such as PgBouncer may send the second one to
+		// another connection, which then executes the statement of another request.
 		e.fault("DATABASE_URL", "default_query_exec_mode must not be describe_exec; "+
 			"for PgBouncer it can be exec")
 	case mode == pgx.QueryExecModeCacheStatement && cfg.StatementCacheCapacity == 0:
@@ -858,8 +876,8 @@ func (e *environment) statements(cfg *pgx.ConnConfig) {
 	}
 }
 
-// dialTime returns how long a connection to one host may take. If there are several hosts, one that
-// is silent leaves time for the others and for the operation that needs the connection.
+// dialTime returns how long connecting to one host may take. It is an equal share of the time for
+// an operation, so that hosts that are silent leave time for the last one.
 func dialTime(cfg *pgx.ConnConfig) time.Duration {
 	type address struct {
 		host string
@@ -869,10 +887,7 @@ func dialTime(cfg *pgx.ConnConfig) time.Duration {
 	for _, fallback := range cfg.Fallbacks { // they include each host once more without TLS
 		hosts[address{fallback.Host, fallback.Port}] = true
 	}
-	if len(hosts) == 1 {
-		return postgresTimeout
-	}
-	return postgresTimeout / time.Duration(len(hosts)+1)
+	return postgresTimeout / time.Duration(len(hosts))
 }
 
 // boundClosing makes a connection to a silent server end soon after an operation on it has timed
@@ -887,7 +902,7 @@ func boundClosing(cfg *pgconn.Config) {
 		if err != nil {
 			return nil, err
 		}
-		// For the second connection this is the only deadline. AfterConnect takes it off the first.
+		// Without this, the second connection would have 15 s. AfterConnect takes it off the first.
 		_ = conn.SetDeadline(time.Now().Add(cfg.ConnectTimeout))
 		return closingConn{conn}, nil
 	}
@@ -922,16 +937,16 @@ func isStoreURL(value string, schemes ...string) bool {
 // redis reads REDIS_URL.
 func (e *environment) redis() *redis.UniversalOptions {
 	options := &redis.UniversalOptions{
-		MaxRetries:            noRetries,
-		MaxRedirects:          noRedirects,
-		DialerRetries:         1, // dial once
+		MaxRetries:            redisRetries,
+		MaxRedirects:          redisRedirects,
+		DialerRetries:         redisDials,
 		DialTimeout:           redisTimeout,
 		ReadTimeout:           redisTimeout,
 		WriteTimeout:          redisTimeout,
 		ContextTimeoutEnabled: true, // the deadline of the request holds too
 		PoolSize:              redisPoolSize,
 		PoolTimeout:           redisPoolTimeout,
-		PipelinePoolSize:      -1, // no second pool, which would be waited for as well
+		PipelinePoolSize:      redisPipelinePoolSize,
 		MaintNotificationsConfig: &maintnotifications.Config{
 			Mode: maintnotifications.ModeDisabled,
 		},

@@ -30,6 +30,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
+	"golang.org/x/crypto/bcrypt"
 )
 
 // The stores
@@ -207,7 +208,7 @@ func newHandler(t testing.TB) http.Handler {
 	t.Helper()
 	cfg := newEnvironment(lookup(testEnvironment(nil))).config()
 	db, dbErr := pgxpool.NewWithConfig(context.Background(), cfg.database)
-	rdb := redis.NewUniversalClient(cfg.redis)
+	rdb := newRedisClient(cfg.redis)
 	app, appErr := newApp(cfg, newLogger(cfg, io.Discard), db, rdb)
 	if err := errors.Join(dbErr, appErr); err != nil {
 		t.Fatal(err)
@@ -732,6 +733,56 @@ func productionFaults(name, value string) error {
 	e := newEnvironment(lookup(env))
 	e.config()
 	return e.err()
+}
+
+// TestDefaultsByEnvironment checks the default that depends on NODE_ENV and has no test elsewhere.
+func TestDefaultsByEnvironment(t *testing.T) {
+	for name, want := range map[string]time.Duration{
+		"production":  5 * time.Second,
+		"development": 0,
+	} {
+		env := testEnvironment(map[string]string{"NODE_ENV": name})
+		if got := newEnvironment(lookup(env)).config().shutdownDelay; got != want {
+			t.Errorf("SHUTDOWN_DELAY in %s is %v, want %v", name, got, want)
+		}
+	}
+}
+
+// TestDeadlines checks that the deadlines add up to what the documents say.
+func TestDeadlines(t *testing.T) {
+	longest := func(cost int) time.Duration {
+		return requestTimeout + 3*hashTime(cost) + undoTimeout
+	}
+	if longest(bcrypt.MinCost) != longest(defaultBcryptCost) {
+		t.Error("cheaper hashes than the default leave less time for the stores")
+	}
+	for name, sum := range map[string]struct{ got, limit time.Duration }{
+		"a request":                           {longest(defaultBcryptCost), 5 * time.Second},
+		"a request with the costliest hashes": {longest(maxBcryptCost), writeTimeout},
+		"a silent Redis":                      {redisPoolTimeout + redisTimeout, time.Second},
+		"a silent PostgreSQL":                 {postgresTimeout, 2 * time.Second},
+	} {
+		if sum.got >= sum.limit {
+			t.Errorf("%s takes up to %v, want less than %v", name, sum.got, sum.limit)
+		}
+	}
+}
+
+// TestDialTime checks that each of several hosts gets its share of the time, but what the URL says
+// counts more.
+func TestDialTime(t *testing.T) {
+	for url, want := range map[string]time.Duration{
+		"postgres://h/d":                           postgresTimeout,
+		"postgres://h/d?sslmode=disable":           postgresTimeout,
+		"postgres://h1,h2/d":                       postgresTimeout / 2,
+		"postgres://h:1,h:2,h:3/d?sslmode=disable": postgresTimeout / 3,
+		"postgres://h1,h2/d?connect_timeout=5":     5 * time.Second,
+	} {
+		env := testEnvironment(map[string]string{"DATABASE_URL": url})
+		if got := newEnvironment(lookup(env)).database().ConnConfig.ConnectTimeout; got != want {
+			t.Errorf("%s: one host has %v, want %v", url, got, want)
+		}
+	}
 }
 
 // Subcommands and the start

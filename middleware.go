@@ -286,7 +286,8 @@ func (rec *statusRecorder) WriteHeader(status int) {
 
 // observe finds a request's id and client IP, sets the headers that every answer has, turns a panic
 // into an error, and finally logs and counts the request. From here on nothing is canceled if the
-// client hangs up: the server finishes what it has begun, but waits for nothing after the timeout.
+// client hangs up: the server finishes what it has begun, but does not wait for it longer than the
+// timeout.
 func observe(
 	log *slog.Logger,
 	m *metrics,

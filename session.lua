@@ -198,7 +198,7 @@ function command.rehash(old_digest, new_digest)
   end
 end
 
--- ready does nothing. It is answered only if Redis could also carry out a command that writes.
+-- ready does nothing. Redis runs it only if it would also begin the other commands of this script.
 function command.ready()
 end
 

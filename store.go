@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -111,6 +112,7 @@ type store struct {
 	rdb             redis.UniversalClient
 	policy          sessionPolicy
 	postgresTimeout time.Duration // of one operation on PostgreSQL, a whole transaction included
+	resetAt         atomic.Int64  // the Unix second in which db was last reset
 }
 
 // postgresReady returns an error unless PostgreSQL takes writes. A server that is read-only refuses
@@ -127,8 +129,8 @@ func (s *store) postgresReady(ctx context.Context) error {
 }
 
 // redisReady returns an error unless Redis takes writes. Redis refuses to begin a script of this
-// kind if it could not carry out its writes, although this one has none. In a cluster, the node is
-// that of a random slot.
+// kind if it could not carry out its writes, although this one has none. In a cluster it asks the
+// node of a random slot.
 func (s *store) redisReady(ctx context.Context) error {
 	return redisError("ready", s.run(ctx, sessionScript, rand.Text(), "ready").Err())
 }
@@ -170,7 +172,8 @@ func scanUser(row pgx.Row) (user, error) {
 	return u, err
 }
 
-// newUser describes a user to be created.
+// newUser describes a user to be created. Its id is not left to PostgreSQL, because inUserTx needs
+// it before the row is inserted.
 type newUser struct {
 	ID           string
 	Email        string
@@ -316,9 +319,9 @@ func expectRow(operation string, tag pgconn.CommandTag, err error) error {
 // statement that has waited for a lock must see what was committed meanwhile.
 var readCommitted = pgx.TxOptions{IsoLevel: pgx.ReadCommitted}
 
-// inUserTx is inTx for a transaction that also changes the sessions of a user. It first asks Redis
-// whether it could do that. So nobody waits for a silent node of Redis while holding a connection
-// to PostgreSQL, which users on the other nodes need.
+// inUserTx is inTx for a transaction that also changes the sessions of a user. It first asks the
+// node of Redis that has them for any answer. So if that node is silent, requests do not wait for
+// it while they hold connections to PostgreSQL, which the users of other nodes need.
 func (s *store) inUserTx(
 	ctx context.Context,
 	operation, userID string,
@@ -345,12 +348,21 @@ func (s *store) inTx(
 		return fnErr
 	})
 	if errors.Is(fnErr, errReadOnly) {
-		s.db.Reset() // so that the next connections are made to the new primary
+		s.reconnect()
 	}
 	if fnErr != nil {
 		return fnErr
 	}
 	return postgresError(operation, err)
+}
+
+// reconnect closes all connections to PostgreSQL, at most once a second. If the server at their end
+// is no longer the primary, the next connections find the new one.
+func (s *store) reconnect() {
+	now := time.Now().Unix()
+	if s.resetAt.Swap(now) != now {
+		s.db.Reset()
+	}
 }
 
 // postgresError turns an error of pgx into errUnavailable or errFault, and names the operation.
@@ -607,7 +619,7 @@ func (h reloadHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 		err := next(ctx, cmd)
 		var reported redis.Error
 		if err != nil && !errors.As(err, &reported) {
-			h.cluster.ReloadState(ctx) // in the background, and at most five times a second
+			h.cluster.ReloadState(ctx) // in the background, one at a time
 		}
 		return err
 	}
@@ -714,11 +726,11 @@ func inMigration(
 
 	tx, err := conn.BeginTx(ctx, readCommitted)
 	if err != nil {
-		return nil, err
+		return nil, postgresError("begin migration", err)
 	}
 	// The number has no meaning. It only has to be one that nobody else uses.
 	if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(7236857230171)`); err != nil {
-		return nil, err
+		return nil, postgresError("lock migrations", err)
 	}
 	steps, err := compareMigrations(ctx, tx, schema)
 	if err != nil {
@@ -734,7 +746,7 @@ func inMigration(
 func checkEncoding(ctx context.Context, conn *pgx.Conn) error {
 	var encoding string
 	if err := conn.QueryRow(ctx, `SHOW server_encoding`).Scan(&encoding); err != nil {
-		return err
+		return fmt.Errorf("DATABASE_URL: %w", postgresError("read encoding", err))
 	}
 	if encoding != "UTF8" {
 		return fmt.Errorf("DATABASE_URL: the encoding of the database is %s, not UTF8", encoding)

@@ -521,6 +521,28 @@ func TestFullRedis(t *testing.T) {
 	}
 }
 
+// TestRedisLogin checks that a password that Redis refuses is an outage, and that the log names the
+// setting.
+func TestRedisLogin(t *testing.T) {
+	address, rdb := privateRedis(t)
+	want(t, signedUp(start(t, map[string]string{"REDIS_URL": address})).me(), 200, "")
+	if err := rdb.ConfigSet(t.Context(), "requirepass", "sesame").Err(); err != nil {
+		t.Fatal(err)
+	}
+	wrong := strings.Replace(address, "redis://", "redis://default:wrong@", 1)
+	for _, url := range []string{address, wrong} {
+		s := start(t, map[string]string{"REDIS_URL": url})
+		s.expects = 503
+		want(t, newClient(s).signup(), 503, "unavailable")
+		if r := newClient(s).ready(); r.status != 503 || r.text("redis") != "unavailable" {
+			t.Errorf("/readyz: %s", r.raw)
+		}
+		if strings.Count(s.logged(), "check user and password in REDIS_URL") != 2 {
+			t.Errorf("the log does not name the setting:\n%s", s.logged())
+		}
+	}
+}
+
 // redisReply is an error that Redis reports.
 type redisReply string
 

@@ -54,6 +54,9 @@ func startLab(t *testing.T, f fault) *lab {
 		env["REDIS_URL"] = l.redisProxy.through(l.redis.url)
 	}
 	maps.Copy(env, limits)
+	if f.dear {
+		env["BCRYPT_COST"] = "12"
+	}
 	l.server = startServer(t, env)
 	env["RATE_LIMIT_MAX"] = "0"
 	l.unlimited = startServer(t, env)
@@ -66,6 +69,7 @@ type fault struct {
 	name    string
 	short   bool // it is also tried with -short
 	proxied bool // the server reaches its stores through proxies
+	dear    bool // password hashes cost what they cost in production
 	disk    bool // PostgreSQL has a small disk of its own
 	breaks  func(*lab)
 	mends   func(*lab)
@@ -198,6 +202,26 @@ var redisFaults = []fault{
 		mends:  func(l *lab) { l.redis.do("CONFIG", "SET", "maxmemory", "0") },
 		limit:  redisLimit,
 		want:   unless(func(r route) bool { return r.redis == grows }),
+	},
+}
+
+// bothFaults are what happens to both stores at once.
+var bothFaults = []fault{
+	{
+		store:   "Both",
+		name:    "slow, +300 ms, with hashes of cost 12",
+		proxied: true,
+		dear:    true,
+		breaks: func(l *lab) {
+			l.redisProxy.slow(300 * time.Millisecond)
+			l.postgresProxy.slow(300 * time.Millisecond)
+		},
+		mends: func(l *lab) {
+			l.redisProxy.mend()
+			l.postgresProxy.mend()
+		},
+		limit: requestLimit,
+		want:  func(r route) []string { return append(either(r), "503 overloaded") },
 	},
 }
 

@@ -239,7 +239,7 @@ type row struct {
 // one that the contract allows, within its time, and none may let through what must be refused.
 func TestMatrix(t *testing.T) {
 	var rows []row
-	for _, f := range slices.Concat(redisFaults, postgresFaults) {
+	for _, f := range slices.Concat(redisFaults, postgresFaults, bothFaults) {
 		if testing.Short() && !f.short {
 			continue
 		}
@@ -338,7 +338,7 @@ func checkRoute(t *testing.T, f fault, r route, answers []answer) {
 // checkProbe checks that a broken store lets nothing through.
 func checkProbe(t *testing.T, f fault, p probe, a answer) {
 	forgotten := f.forgets && p.counted
-	want := []string{p.refused, "503 unavailable"}
+	want := []string{p.refused, "503 unavailable", "503 overloaded"}
 	if !forgotten && !slices.Contains(want, a.outcome()) {
 		t.Errorf("%s: %v, want %q", p.name, a, want)
 	}

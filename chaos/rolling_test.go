@@ -118,6 +118,9 @@ func (c *crowd) stop() {
 	c.stopped.Store(true)
 	c.wg.Wait()
 	c.t.Logf("%d requests succeeded, %d waited in vain for a store", c.done.Load(), c.busy.Load())
+	if c.busy.Load() > c.done.Load()/1000 {
+		c.t.Error("too many requests waited in vain for a store")
+	}
 	for _, u := range c.users {
 		if a := u.refresh(); !a.ok() {
 			c.t.Errorf("a session is lost: %v", a)

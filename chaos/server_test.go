@@ -114,8 +114,9 @@ func (s *server) metrics() map[string]float64 {
 	values := map[string]float64{}
 	lines := bufio.NewScanner(resp.Body)
 	for lines.Scan() {
-		series, value, _ := strings.Cut(lines.Text(), " ")
-		if number, err := strconv.ParseFloat(value, 64); err == nil {
+		end := max(0, strings.LastIndexByte(lines.Text(), ' ')) // a label may have spaces
+		series, value := lines.Text()[:end], lines.Text()[end:]
+		if number, err := strconv.ParseFloat(strings.TrimSpace(value), 64); err == nil {
 			values[series] = number
 		}
 	}

@@ -211,6 +211,11 @@ const (
 	// a whole transaction. The slowest that is of use is a commit on a busy disk.
 	postgresTimeout = 1500 * time.Millisecond
 
+	// postgresPingTimeout bounds the question whether a connection is alive, which the pool asks
+	// before it gives one away that was idle for a second. If the server is silent, there is still
+	// time to connect to another one.
+	postgresPingTimeout = 500 * time.Millisecond
+
 	// postgresCloseTimeout bounds the last step of closing a connection whose operation has timed
 	// out, which is to say goodbye. Before that, pgx asks the server to cancel the operation, which
 	// takes at most two times the timeout for connecting. Until both are over, the connection
@@ -229,6 +234,11 @@ const (
 	// is busy for less than a millisecond, so few requests wait for one. If a node is silent, these
 	// are also the requests that wait for it at the same time.
 	redisPoolSize = 100
+
+	// redisMapInterval is how old the client's map of a cluster's slots gets before a request, for
+	// example one to /readyz, makes it load the map again. So a replica of the server that serves no
+	// users for a while learns of a new master, too.
+	redisMapInterval = time.Second
 
 	// redisPipelinePoolSize turns off a second pool, which commands would wait for as well.
 	redisPipelinePoolSize = -1
@@ -409,6 +419,7 @@ func newRedisClient(options *redis.UniversalOptions) redis.UniversalClient {
 	// Without this, the client asks for the list of all commands before it sends its first one.
 	// That takes up to 5 s, which no deadline of ours bounds.
 	clusterOptions.DisableRoutingPolicies = true
+	clusterOptions.ClusterStateReloadInterval = redisMapInterval
 	cluster := redis.NewClusterClient(clusterOptions)
 	cluster.AddHook(reloadHook{cluster})
 	return cluster
@@ -848,6 +859,7 @@ func (e *environment) database() *pgxpool.Config {
 
 	e.statements(cfg.ConnConfig)
 	cfg.MaxConns = int32(size)
+	cfg.PingTimeout = postgresPingTimeout
 	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, dialTime(cfg.ConnConfig))
 	boundClosing(&cfg.ConnConfig.Config)
 	params := cfg.ConnConfig.RuntimeParams

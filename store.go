@@ -606,8 +606,8 @@ func (s *store) revokeAll(ctx context.Context, userID, caller string) error {
 }
 
 // reloadHook makes the client of a Redis Cluster load the map of slots again whenever a node does
-// not answer, because another node may have taken over its slots. Otherwise the client, which
-// follows no redirects, would learn of that only within a minute.
+// not answer, because another node may have taken over its slots. The client follows no redirects,
+// so it does not learn of that otherwise.
 type reloadHook struct {
 	cluster *redis.ClusterClient
 }

@@ -201,7 +201,7 @@ var redisFaults = []fault{
 		breaks: func(l *lab) { l.redis.do("CONFIG", "SET", "maxmemory", "1") },
 		mends:  func(l *lab) { l.redis.do("CONFIG", "SET", "maxmemory", "0") },
 		limit:  redisLimit,
-		want:   unless(func(r route) bool { return r.redis == grows }),
+		want:   unless(func(r route) bool { return r.redis == writes }),
 	},
 }
 

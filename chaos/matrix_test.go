@@ -42,7 +42,7 @@ type need int
 const (
 	unused need = iota
 	reads       // of Redis also counting and deleting, which it does even if it is full
-	grows       // writes; of Redis what needs memory
+	writes      // of Redis: what needs memory
 )
 
 // A route is one request of the contract. It stands for a method and a path; a path that answers
@@ -67,19 +67,19 @@ var (
 
 // routes are all routes of the contract.
 var routes = []route{
-	{"signup", grows, grows, asNewUser((*user).signup), good, good},
-	{"login", grows, grows, asUser((*user).login), good, badLogin},
-	{"refresh", reads, grows, asUser((*user).refresh), revoked, revoked},
+	{"signup", writes, writes, asNewUser((*user).signup), good, good},
+	{"login", writes, writes, asUser((*user).login), good, badLogin},
+	{"refresh", reads, writes, asUser((*user).refresh), revoked, revoked},
 	{"logout", unused, reads, asUser((*user).logout), revoked, good},
 	{"logout by cookie", unused, reads, asCookie((*user).logout), revoked, good},
 	{"me", reads, reads, asUser((*user).me), revoked, noUser},
 	{"sessions", unused, reads, asUser((*user).sessions), revoked, good},
 	{"revoke", unused, reads, prepareRevoke, revoked, good},
 	{"revoke all", unused, reads, asUser((*user).revokeAll), revoked, good},
-	{"password", grows, grows, asUser(changeToAnother), revoked, noUser},
-	{"delete", grows, reads, asUser((*user).deleteAccount), revoked, noUser},
+	{"password", writes, writes, asUser(changeToAnother), revoked, noUser},
+	{"delete", writes, reads, asUser((*user).deleteAccount), revoked, noUser},
 	{"healthz", unused, unused, asNewUser(health("/healthz")), good, good},
-	{"readyz", grows, grows, asNewUser(health("/readyz")), good, good},
+	{"readyz", writes, writes, asNewUser(health("/readyz")), good, good},
 }
 
 type prepare = func(*testing.T, *server) func() answer

@@ -66,8 +66,8 @@ func (p *pair) promote() time.Time {
 	return time.Now()
 }
 
-// join signs somebody else up.
-func (u *looper) join() {
+// signUpAnother signs somebody else up.
+func (u *actor) signUpAnother() {
 	other := newUser(u.server)
 	if u.send("signup", other.signup).ok() {
 		u.traffic.mu.Lock()
@@ -109,13 +109,13 @@ func (h handover) test(t *testing.T) {
 	const outage = 3 * time.Second // until an operator, or a program, promotes the standby
 	p := startPair(t)
 	s := startServer(t, p.env())
-	everybody := func(*looper) bool { return true }
+	everybody := func(*actor) bool { return true }
 	crowd := newTraffic(t, s, 12, everybody) // fills the pool of connections
-	crowd.start((*looper).knock)
+	crowd.start((*actor).logInAgain)
 	time.Sleep(time.Second)
 	crowd.end()
 	tr := newTraffic(t, s, h.users, everybody)
-	tr.start(append(session, (*looper).join)...)
+	tr.start(append(session, (*actor).signUpAnother)...)
 	time.Sleep(2 * time.Second)
 
 	broken := tr.breaks()

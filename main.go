@@ -236,8 +236,8 @@ const (
 	redisPoolSize = 100
 
 	// redisMapInterval is how old the client's map of a cluster's slots gets before a request, for
-	// example one to /readyz, makes it load the map again. So a replica of the server that serves no
-	// users for a while learns of a new master, too.
+	// example one to /readyz, makes it load the map again. So a replica of the server that has had
+	// no users for a while learns of a new master, too.
 	redisMapInterval = time.Second
 
 	// redisPipelinePoolSize turns off a second pool, which commands would wait for as well.

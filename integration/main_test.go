@@ -210,6 +210,7 @@ func serve(t *testing.T, more vars) string {
 		"DATABASE_URL":    strings.Replace(home.databaseURL, "/postgres?", "/"+name+"?", 1),
 		"REDIS_URL":       fmt.Sprintf("%s/%d", home.redisURL, n),
 		"TRUSTED_PROXIES": "127.0.0.0/8",
+		"SHUTDOWN_DELAY":  "0s", // no proxy is in front
 	}.with(secrets).with(more)
 	var log bytes.Buffer
 	cmd := exec.Command(home.binary)

@@ -791,24 +791,29 @@ func (a *auth) upgradeHash(r *http.Request, u user, password string) {
 
 // Hashing
 
+// hashLimits are the limits on waiting for a hashing slot.
+type hashLimits struct {
+	queue int64         // how many requests may wait
+	wait  time.Duration // how long each of them may wait
+	takes time.Duration // how much of a request's time must be left for the hash
+}
+
 // hasher computes bcrypt hashes. It has a fixed number of slots, so that logins leave processors
 // for everything else.
 type hasher struct {
 	cost    int
 	dummy   string // takes the place of a hash that is missing
 	slots   chan struct{}
-	queue   int64         // how many requests may wait for a slot
-	wait    time.Duration // how long each of them may wait
+	limits  hashLimits
 	waiting atomic.Int64
 	refused atomic.Int64
 }
 
-func newHasher(slots, cost int, queue int64, wait time.Duration) (*hasher, error) {
+func newHasher(slots, cost int, limits hashLimits) (*hasher, error) {
 	h := &hasher{
-		cost:  cost,
-		slots: make(chan struct{}, slots),
-		queue: queue,
-		wait:  wait,
+		cost:   cost,
+		slots:  make(chan struct{}, slots),
+		limits: limits,
 	}
 	dummy, err := h.hash(context.Background(), newUUID())
 	if err != nil {
@@ -821,14 +826,19 @@ func newHasher(slots, cost int, queue int64, wait time.Duration) (*hasher, error
 // acquire takes a slot. It returns errOverloaded if no slot becomes free in time, or if too many
 // requests wait already, and errUnavailable if the stores have used up the time of the request.
 func (h *hasher) acquire(ctx context.Context) error {
-	if ctx.Err() != nil {
+	wait := h.limits.wait
+	if deadline, ok := ctx.Deadline(); ok {
+		// A hash that ended after the deadline would be of no use.
+		wait = min(wait, time.Until(deadline)-h.limits.takes)
+	}
+	if wait <= 0 {
 		return fmt.Errorf("%w: no time is left to hash", errUnavailable)
 	}
-	ctx, cancel := context.WithTimeout(ctx, h.wait)
+	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	waiting := h.waiting.Add(1)
 	defer h.waiting.Add(-1)
-	if waiting <= h.queue {
+	if waiting <= h.limits.queue {
 		select {
 		case h.slots <- struct{}{}:
 			return nil

@@ -194,9 +194,9 @@ func runVersion(stdout io.Writer) error {
 const (
 	// requestTimeout bounds all that a request waits for, from its headers on: the stores, and a
 	// slot for hashing. The time that two hashes take is added (see hashTime): most requests
-	// compute no more, and the operator chooses their cost. One hash more may be under way at the
-	// deadline, and then there is undoTimeout. That makes 4.5 s at the default cost. The rest of
-	// the 5 s is for a busy machine. If the body is late, it leaves less time for the rest.
+	// compute no more, and the operator chooses their cost. After the deadline there is only
+	// undoTimeout. That makes 4.25 s at the default cost. The rest of the 5 s is for a busy
+	// machine, where a hash takes longer. If the body is late, it leaves less time for the rest.
 	requestTimeout = 3500 * time.Millisecond
 
 	// defaultHashTime is about what one hash takes at the cost of defaultBcryptCost, on a machine
@@ -292,10 +292,10 @@ const (
 	// maxHeaderBytes leaves room for two tokens of 4 KB and the headers of a browser.
 	maxHeaderBytes = 16 << 10
 
-	// sendBuffer bounds what the kernel holds of answers that a client does not read. The longest
-	// answer, a list of 100 sessions, has 44 KB. Without this bound the kernel holds 4 MB for each
-	// connection: thousands of answers to a client that sends requests and reads nothing, and each
-	// of the requests would set the write deadline anew.
+	// sendBuffer bounds what the kernel holds of answers that a client does not read. A list of 100
+	// sessions has about 44 KB, so it goes out at once even if the client reads slowly. Without
+	// this bound the kernel holds 4 MB for each connection: thousands of answers to a client that
+	// sends requests and reads nothing, and each of these requests sets the write deadline anew.
 	sendBuffer = 64 << 10
 )
 
@@ -492,7 +492,11 @@ func newApp(
 	db *pgxpool.Pool,
 	rdb redis.UniversalClient,
 ) (*app, error) {
-	h, err := newHasher(doubleThreads(), cfg.bcryptCost, hashQueue, hashWait)
+	h, err := newHasher(doubleThreads(), cfg.bcryptCost, hashLimits{
+		queue: hashQueue,
+		wait:  hashWait,
+		takes: hashTime(cfg.bcryptCost),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -858,6 +862,9 @@ func (e *environment) database() *pgxpool.Config {
 	}
 
 	e.statements(cfg.ConnConfig)
+	if cfg.HealthCheckPeriod <= 0 {
+		e.fault("DATABASE_URL", "pool_health_check_period must be above 0")
+	}
 	cfg.MaxConns = int32(size)
 	cfg.PingTimeout = postgresPingTimeout
 	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, dialTime(cfg.ConnConfig))
@@ -879,11 +886,11 @@ func (e *environment) statements(cfg *pgx.ConnConfig) {
 		// another connection, which then executes the statement of another request.
 		e.fault("DATABASE_URL", "default_query_exec_mode must not be describe_exec; "+
 			"for PgBouncer it can be exec")
-	case mode == pgx.QueryExecModeCacheStatement && cfg.StatementCacheCapacity == 0:
-		e.fault("DATABASE_URL", "statement_cache_capacity must not be 0, "+
+	case mode == pgx.QueryExecModeCacheStatement && cfg.StatementCacheCapacity <= 0:
+		e.fault("DATABASE_URL", "statement_cache_capacity must be above 0, "+
 			"unless default_query_exec_mode is exec")
-	case mode == pgx.QueryExecModeCacheDescribe && cfg.DescriptionCacheCapacity == 0:
-		e.fault("DATABASE_URL", "description_cache_capacity must not be 0, "+
+	case mode == pgx.QueryExecModeCacheDescribe && cfg.DescriptionCacheCapacity <= 0:
+		e.fault("DATABASE_URL", "description_cache_capacity must be above 0, "+
 			"unless default_query_exec_mode is exec")
 	}
 }

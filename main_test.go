@@ -667,6 +667,8 @@ var variables = map[string]string{
 		`|postgres://u:p@h/d?x=@` +
 		`|postgres://h/d?default_query_exec_mode=describe_exec` +
 		`|postgres://h/d?statement_cache_capacity=0` +
+		`|postgres://h/d?statement_cache_capacity=-1` +
+		`|postgres://h/d?pool_health_check_period=0s` +
 		`|postgres://h/d?default_query_exec_mode=cache_describe&description_cache_capacity=0`,
 	"DB_POOL_SIZE": `1|50 -> |0|-1|many`,
 	"FRONTEND_URL": `http://localhost:5173|https://a.example/, http://b.example:8080` +
@@ -751,7 +753,7 @@ func TestDefaultsByEnvironment(t *testing.T) {
 // TestDeadlines checks that the deadlines add up to what the documents say.
 func TestDeadlines(t *testing.T) {
 	longest := func(cost int) time.Duration {
-		return requestTimeout + 3*hashTime(cost) + undoTimeout
+		return requestTimeout + 2*hashTime(cost) + undoTimeout
 	}
 	if longest(bcrypt.MinCost) != longest(defaultBcryptCost) {
 		t.Error("cheaper hashes than the default leave less time for the stores")

@@ -638,7 +638,8 @@ var (
 			`MOVED|ASK|ERR max number of clients)|attempted to access a non local key`)
 
 	// loginRefused matches errors of Redis which mean that it does not accept our password.
-	loginRefused = regexp.MustCompile(`^(NOAUTH|WRONGPASS)`)
+	// Before that, Redis does not even read a command of more than ten words.
+	loginRefused = regexp.MustCompile(`^(NOAUTH|WRONGPASS|ERR Protocol error: unauthenticated)`)
 )
 
 // redisError turns an error of go-redis into errUnavailable or errFault, and names the operation.
@@ -798,13 +799,13 @@ func recordedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, e
 			END IF;
 		END $$`)
 	if err != nil {
-		return nil, fmt.Errorf("create schema_migrations: %v", err)
+		return nil, postgresError("create schema_migrations", err)
 	}
 	rows, err := tx.Query(ctx, `
 		SELECT version, name, checksum, applied_at
 		FROM schema_migrations`)
 	if err != nil {
-		return nil, err
+		return nil, postgresError("read schema_migrations", err)
 	}
 	recorded := map[string]migration{}
 	var m migration
@@ -813,7 +814,7 @@ func recordedMigrations(ctx context.Context, tx pgx.Tx) (map[string]migration, e
 		recorded[m.Version] = m
 		return nil
 	})
-	return recorded, err
+	return recorded, postgresError("read schema_migrations", err)
 }
 
 // applyMigrations runs the steps that are not on record, puts them on record, and commits.
@@ -824,15 +825,16 @@ func applyMigrations(ctx context.Context, tx pgx.Tx, steps []migration) error {
 			continue
 		}
 		if _, err := tx.Exec(ctx, step.SQL); err != nil {
-			return fmt.Errorf("migration %s %s: %v", step.Version, step.Name, err)
+			operation := fmt.Sprintf("migration %s %s", step.Version, step.Name)
+			return postgresError(operation, err)
 		}
 		_, err := tx.Exec(ctx, `
 			INSERT INTO schema_migrations (version, name, checksum)
 			VALUES ($1, $2, $3)`, step.Version, step.Name, step.Checksum)
 		if err != nil {
-			return err
+			return postgresError("record migration", err)
 		}
 		step.AppliedAt = time.Now()
 	}
-	return tx.Commit(ctx)
+	return postgresError("commit migrations", tx.Commit(ctx))
 }

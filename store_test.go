@@ -525,7 +525,7 @@ func TestFullRedis(t *testing.T) {
 // setting.
 func TestRedisLogin(t *testing.T) {
 	address, rdb := privateRedis(t)
-	want(t, signedUp(start(t, map[string]string{"REDIS_URL": address})).me(), 200, "")
+	c := signedUp(start(t, map[string]string{"REDIS_URL": address}))
 	if err := rdb.ConfigSet(t.Context(), "requirepass", "sesame").Err(); err != nil {
 		t.Fatal(err)
 	}
@@ -534,10 +534,11 @@ func TestRedisLogin(t *testing.T) {
 		s := start(t, map[string]string{"REDIS_URL": url})
 		s.expects = 503
 		want(t, newClient(s).signup(), 503, "unavailable")
+		want(t, c.tab().at(s).refresh(), 503, "unavailable")
 		if r := newClient(s).ready(); r.status != 503 || r.text("redis") != "unavailable" {
 			t.Errorf("/readyz: %s", r.raw)
 		}
-		if strings.Count(s.logged(), "check user and password in REDIS_URL") != 2 {
+		if strings.Count(s.logged(), "check user and password in REDIS_URL") != 3 {
 			t.Errorf("the log does not name the setting:\n%s", s.logged())
 		}
 	}

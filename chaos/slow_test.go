@@ -77,7 +77,11 @@ func useMeanwhile(t *testing.T, u *user, others *sync.WaitGroup) {
 
 // sendSlowHeaders sends headers at one byte a second. The connection is cut.
 func sendSlowHeaders(t *testing.T, s *server) {
-	conn := dial(t, s)
+	conn, err := dial(s)
+	if err != nil {
+		t.Error(err)
+		return
+	}
 	defer conn.Close()
 	began := time.Now()
 	go dribble(conn, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
@@ -90,7 +94,11 @@ func sendSlowHeaders(t *testing.T, s *server) {
 // sendSlowBody sends headers, and at most one byte of the body a second. The answer is 408, and the
 // connection is closed.
 func sendSlowBody(t *testing.T, s *server, body string) {
-	conn := dial(t, s)
+	conn, err := dial(s)
+	if err != nil {
+		t.Error(err)
+		return
+	}
 	defer conn.Close()
 	began := time.Now()
 	io.WriteString(conn, "POST /auth/login HTTP/1.1\r\n"+
@@ -130,7 +138,11 @@ func sendSlowBody(t *testing.T, s *server, body string) {
 // neverRead sends requests without a pause and never reads an answer. The connection is cut, so
 // that a write fails.
 func neverRead(t *testing.T, s *server) {
-	conn := dial(t, s)
+	conn, err := dial(s)
+	if err != nil {
+		t.Error(err)
+		return
+	}
 	defer conn.Close()
 	began := time.Now()
 	requests := strings.Repeat("GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", 100)
@@ -157,12 +169,9 @@ func dribble(conn net.Conn, text string) {
 	}
 }
 
-func dial(t *testing.T, s *server) net.Conn {
-	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return conn
+// dial opens a connection to a server.
+func dial(s *server) (net.Conn, error) {
+	return net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
 }
 
 func isTimeout(err error) bool {

@@ -1,13 +1,10 @@
 package chaos
 
 import (
-	"context"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 const (
@@ -71,9 +68,7 @@ func (s *server) awaitTries(n int) {
 
 // TestStartGivesUp lets the server wait in vain.
 func TestStartGivesUp(t *testing.T) {
-	if testing.Short() {
-		t.Skip("it takes half a minute")
-	}
+	skipIfShort(t)
 	for _, absence := range absences {
 		t.Run(absence.name, func(t *testing.T) {
 			t.Parallel()
@@ -133,10 +128,6 @@ func (pg *postgres) requirePassword() {
 	pg.exec("COPY (SELECT 'host all all all scram-sha-256') TO '" + file + "'")
 	pg.signal(syscall.SIGHUP)
 	eventually(pg.t, startMargin, "PostgreSQL wants a password", func() bool {
-		conn, err := pgx.Connect(context.Background(), pg.url)
-		if err == nil {
-			conn.Close(context.Background())
-		}
-		return err != nil
+		return !connects(pg.url)
 	})
 }

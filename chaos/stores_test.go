@@ -89,16 +89,20 @@ func runPostgres(t *testing.T, data string, command, settings []string) *postgre
 	}
 	cmd := asPostgres(exec.Command(command[0], command[1:]...))
 	pg.process = startProcess(t, "postgres-"+port, cmd)
-	pg.isReady = func() bool {
-		conn, err := pgx.Connect(context.Background(), pg.url)
-		if err != nil {
-			return false
-		}
-		conn.Close(context.Background())
-		return true
-	}
+	pg.isReady = func() bool { return connects(pg.url) }
 	pg.awaitReady()
 	return pg
+}
+
+// connects tells whether a URL of PostgreSQL can be connected to.
+func connects(url string) bool {
+	ctx := context.Background()
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		return false
+	}
+	conn.Close(ctx)
+	return true
 }
 
 // exec executes statements, each in a transaction of its own, on one connection.

@@ -537,7 +537,6 @@ type proxy struct {
 
 	requests atomic.Int64 // what the server has sent, in pieces
 	steals   atomic.Bool  // the next reply of Redis is lost
-	paused   atomic.Bool  // all bytes are lost
 
 	mu    sync.Mutex
 	cut   bool // no connection is accepted
@@ -611,9 +610,6 @@ func (p *proxy) pass(from, to net.Conn, replies bool) {
 		if !replies {
 			p.requests.Add(1)
 		}
-		if p.paused.Load() {
-			continue
-		}
 		if _, err := to.Write(buffer[:n]); err != nil {
 			return
 		}
@@ -621,24 +617,13 @@ func (p *proxy) pass(from, to net.Conn, replies bool) {
 }
 
 // Cut breaks all connections and accepts no new ones, as if the store's process were gone.
-func (p *proxy) Cut() { p.hangUp(true) }
-
-// Pause accepts connections but lets nothing through, as if the store's process hung.
-func (p *proxy) Pause() { p.paused.Store(true) }
-
-// Restore ends what Cut or Pause began. The connections have lost bytes, so it breaks them.
-func (p *proxy) Restore() { p.hangUp(false) }
-
-// hangUp closes all connections. If cut is true, no new ones are accepted.
-func (p *proxy) hangUp(cut bool) {
+func (p *proxy) Cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, conn := range p.conns {
 		conn.Close()
 	}
-	p.conns = nil
-	p.cut = cut
-	p.paused.Store(false)
+	p.cut = true
 }
 
 // StealReply runs do, and breaks the connection instead of passing the first reply of Redis to it.

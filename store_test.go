@@ -343,30 +343,6 @@ func TestLostReplies(t *testing.T) {
 	}
 }
 
-// TestPostgresOutage checks that without PostgreSQL no refresh token is used up, and that what
-// needs only Redis goes on.
-func TestPostgresOutage(t *testing.T) {
-	p := postgresProxy(t)
-	s := start(t, map[string]string{"DATABASE_URL": p.url})
-	for name, breakIt := range map[string]func(){"cut": p.Cut, "paused": p.Pause} {
-		t.Run(name, func(t *testing.T) {
-			c := signedUp(s)
-			revoked, leaving := c.loggedIn(), c.loggedIn()
-			breakIt()
-			wantUnavailable(t, c, "postgres",
-				(*client).me,
-				func(c *client) response { return newClient(s).signup() },
-			)
-			want(t, c.sessions(), 200, "")
-			want(t, c.revoke(revoked.claims().SessionID), 200, "")
-			want(t, leaving.tab().logout(), 200, "")
-			p.Restore()
-			wantUnchanged(t, c)
-			wantDead(t, []*server{s}, revoked, leaving)
-		})
-	}
-}
-
 // TestLockedRow lets another program hold the row of a user. A login must not wait for ever.
 func TestLockedRow(t *testing.T) {
 	s := start(t, nil)
@@ -383,56 +359,6 @@ func TestLockedRow(t *testing.T) {
 	}
 	want(t, c.device().login(), 503, "unavailable")
 	want(t, c.me(), 200, "")
-}
-
-// TestRedisOutage checks that without Redis nothing is let through unchecked and nothing changed.
-func TestRedisOutage(t *testing.T) {
-	p := redisProxy(t)
-	s := start(t, map[string]string{"REDIS_URL": p.url})
-	limited := start(t, map[string]string{"REDIS_URL": p.url, "RATE_LIMIT_MAX": "1000"})
-	limited.expects = 503
-	for name, breakIt := range map[string]func(){"cut": p.Cut, "paused": p.Pause} {
-		t.Run(name, func(t *testing.T) {
-			c, stranger := signedUp(s), newClient(s)
-			breakIt()
-			wantUnavailable(t, c, "redis",
-				(*client).me,
-				(*client).sessions,
-				(*client).revokeAll,
-				(*client).logout,
-				func(*client) response { return stranger.signup() },
-				func(c *client) response { return c.at(limited).do("GET", "/nothing", nil) },
-			)
-			p.Restore()
-			wantUnchanged(t, c)
-			want(t, stranger.signup(), 201, "")
-		})
-	}
-}
-
-// wantUnavailable makes some requests at once, those that need both stores always among them, and
-// fails the test unless each is 503, in bounded time, and /readyz names the store that is away.
-func wantUnavailable(t *testing.T, c *client, store string, some ...func(c *client) response) {
-	t.Helper()
-	c.s.expects = 503
-	all := append(some,
-		(*client).refresh,
-		(*client).deleteAccount,
-		(*client).renewPassword,
-		func(c *client) response { return c.device().login() },
-		(*client).ready,
-	)
-	answers := together(len(all), func(i int) response { return all[i](c.tab()) })
-	for i, r := range answers {
-		if r.status != 503 || r.took > 10*time.Second {
-			t.Errorf("request %d: %v after %v, want 503 within 2 s", i, r, r.took)
-		}
-	}
-	ready := answers[len(answers)-1]
-	if ready.text(store) != "unavailable" || strings.Count(ready.raw, `"ok"`) != 1 {
-		t.Errorf("/readyz: %s", ready.raw)
-	}
-	want(t, c.do("GET", "/healthz", nil), 200, "")
 }
 
 // wantUnchanged waits until the stores are there again, and fails the test unless the client's

@@ -243,8 +243,8 @@ const (
 	// redisPipelinePoolSize turns off a second pool, which commands would wait for as well.
 	redisPipelinePoolSize = -1
 
-	// redisRetries and redisRedirects turn off that the Redis client sends a command again. One
-	// that counts or rotates may have been executed although its answer was lost. redisDials is the
+	// redisRetries and redisRedirects keep the Redis client from sending a command again. One that
+	// counts or rotates may have been executed although its answer was lost. redisDials is the
 	// number of tries to connect.
 	redisRetries   = -1
 	redisRedirects = -1

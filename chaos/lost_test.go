@@ -27,9 +27,9 @@ const (
 	// stepsPerAccount is what a user does with one account before signing up for the next.
 	stepsPerAccount = 20
 
-	// recoveryLimit bounds the time from a kill to the next good answer. What was killed starts
+	// restartLimit bounds the time from a kill to the next good answer. What was killed starts
 	// again at once, which takes below a second on an idle machine.
-	recoveryLimit = 15 * time.Second
+	restartLimit = 15 * time.Second
 )
 
 // A victim is what some of the rounds kill and start again.
@@ -37,7 +37,7 @@ type victim struct {
 	name     string
 	process  *process
 	replicas []*server     // those that the users ask
-	away     time.Duration // between the kill and the start
+	downtime time.Duration // between the kill and the start
 	tally
 }
 
@@ -81,7 +81,7 @@ func TestNothingLost(t *testing.T) {
 	first := both[0].process
 	victims := []*victim{
 		{name: "the only server", process: first, replicas: both[:1]},
-		{name: "one of two servers", process: first, replicas: both, away: time.Second / 2},
+		{name: "one of two servers", process: first, replicas: both, downtime: time.Second / 2},
 		{name: "Redis", process: redis.process, replicas: both},
 		{name: "PostgreSQL", process: pg.process, replicas: both},
 	}
@@ -111,9 +111,9 @@ func (l *losses) round(v *victim) {
 	v.killed = time.Now()
 	v.mu.Unlock()
 	v.process.kill()
-	time.Sleep(v.away)
+	time.Sleep(v.downtime)
 	v.process.restart()
-	eventually(l.t, recoveryLimit, v.name+" is back", func() bool {
+	eventually(l.t, restartLimit, v.name+" is back", func() bool {
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		return v.killed.IsZero()
@@ -131,7 +131,7 @@ func (l *losses) round(v *victim) {
 	}
 }
 
-// act is one person's life: one account after the other until ctx ends.
+// act uses one account after the other until ctx ends.
 func (l *losses) act(ctx context.Context, v *victim) (met []*witness) {
 	for ctx.Err() == nil {
 		w := &witness{user: newUser(v.replicas[mathrand.IntN(len(v.replicas))])}
@@ -186,16 +186,16 @@ type witness struct {
 type chain struct {
 	access  []string
 	refresh []string
-	fate    fate
+	state   sessionState
 }
 
-// A fate is what a user knows about a session.
-type fate string
+// A sessionState is what a user knows about a session.
+type sessionState string
 
 const (
-	alive   fate = "alive"
-	ended   fate = "ended"
-	unknown fate = "unknown" // because an answer is missing
+	alive   sessionState = "alive"
+	ended   sessionState = "ended"
+	unknown sessionState = "unknown" // because an answer is missing
 )
 
 // begin remembers a new session, whose tokens have just arrived.
@@ -203,7 +203,7 @@ func (w *witness) begin() {
 	w.chains = append(w.chains, &chain{
 		access:  []string{w.access},
 		refresh: []string{w.cookie},
-		fate:    alive,
+		state:   alive,
 	})
 }
 
@@ -211,7 +211,7 @@ func (w *witness) begin() {
 func (w *witness) step() answer {
 	current := w.chains[len(w.chains)-1]
 	switch n := mathrand.IntN(10); {
-	case n == 0 || current.fate == ended:
+	case n == 0 || current.state == ended:
 		a := w.login()
 		if a.ok() {
 			w.begin()
@@ -219,13 +219,13 @@ func (w *witness) step() answer {
 		return a
 	case n == 1:
 		a := w.logout()
-		current.fate = fateAfter(a, ended)
+		current.state = stateAfter(a, ended)
 		return a
 	case n < 4:
 		return w.replacePassword()
 	default:
 		a := w.refresh()
-		current.fate = fateAfter(a, alive)
+		current.state = stateAfter(a, alive)
 		if a.ok() {
 			current.access = append(current.access, w.access)
 			current.refresh = append(current.refresh, w.cookie)
@@ -234,7 +234,7 @@ func (w *witness) step() answer {
 	}
 }
 
-func fateAfter(a answer, promised fate) fate {
+func stateAfter(a answer, promised sessionState) sessionState {
 	if a.ok() {
 		return promised
 	}
@@ -254,8 +254,8 @@ func (w *witness) replacePassword() answer {
 		others = w.chains // a change that is not committed ends this one too, at its next refresh
 	}
 	for _, c := range others {
-		if c.fate == alive {
-			c.fate = fateAfter(a, ended)
+		if c.state == alive {
+			c.state = stateAfter(a, ended)
 		}
 	}
 	return a
@@ -311,14 +311,14 @@ func (l *losses) isGood(ask func() answer) bool {
 
 // verifyAccess shows all access tokens of a session, which are good as long as it lives.
 func (l *losses) verifyAccess(w *witness, c *chain) {
-	if c.fate == unknown {
+	if c.state == unknown {
 		return
 	}
 	for _, token := range c.access {
 		u := w.copy()
 		u.access = token
-		if l.isGood(u.me) != (c.fate == alive) {
-			l.t.Errorf("an access token says otherwise of a session that is %s", c.fate)
+		if l.isGood(u.me) != (c.state == alive) {
+			l.t.Errorf("an access token says otherwise of a session that is %s", c.state)
 		}
 	}
 }
@@ -334,13 +334,13 @@ func (l *losses) verifyRefresh(w *witness, c *chain) {
 	}
 	newest := slices.Equal(good, []int{len(c.refresh) - 1})
 	switch {
-	case c.fate != ended && newest:
-	case c.fate == ended && len(good) == 0:
-	case c.fate == unknown && len(good) == 0:
+	case c.state != ended && newest:
+	case c.state == ended && len(good) == 0:
+	case c.state == unknown && len(good) == 0:
 		l.findLost(w, c)
 	default:
 		l.t.Errorf("a session is %s, but of its %d refresh tokens these are good: %v",
-			c.fate, len(c.refresh), good)
+			c.state, len(c.refresh), good)
 	}
 }
 

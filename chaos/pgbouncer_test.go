@@ -1,14 +1,11 @@
 package chaos
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
-
-	"github.com/jackc/pgx/v5"
 )
 
 // TestPgBouncer runs the tests of the contract, and so the server and its migrations, through
@@ -22,6 +19,7 @@ func TestPgBouncer(t *testing.T) {
 	}
 	cmd := exec.Command("go", append(args, ".")...)
 	cmd.Env = append(os.Environ(),
+		"LATCHKEY_BASE_URL=", // or the tests would ask a server that already runs
 		"LATCHKEY_BINARY="+binary(t),
 		"DATABASE_URL="+pooler.url,
 		"REDIS_URL="+startRedis(t).url)
@@ -63,14 +61,7 @@ func startPgBouncer(t *testing.T, pg *postgres) *pgBouncer {
 			"/postgres?sslmode=disable&default_query_exec_mode=exec",
 	}
 	p.process = startProcess(t, "pgbouncer", asPostgres(exec.Command(path, file)))
-	p.isReady = func() bool {
-		conn, err := pgx.Connect(context.Background(), p.url)
-		if err != nil {
-			return false
-		}
-		conn.Close(context.Background())
-		return true
-	}
+	p.isReady = func() bool { return connects(p.url) }
 	p.awaitReady()
 	return p
 }

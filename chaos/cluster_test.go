@@ -113,27 +113,29 @@ func (c *cluster) find(address string) (master, replica *redisNode, others []*re
 	return master, others[i], others
 }
 
-// A scene is a server on a cluster under traffic, and the master that is to be lost.
-type scene struct {
+// A clusterTest is a server on a cluster under traffic, and the master that is to be lost.
+type clusterTest struct {
 	t       *testing.T
 	cluster *cluster
 	traffic *traffic
 	began   time.Time
+	broken  time.Time // when the outage began
+	whole   time.Time // when the cluster was whole again
 	master  *redisNode
 	replica *redisNode
 	others  []*redisNode // all nodes but master
 }
 
 var (
-	// noLimits keeps the counters of the limits out, whose slots are not the ones of the sessions.
+	// noLimits turns the limits off, so that a request needs only the slot of its session.
 	noLimits = vars{"RATE_LIMIT_MAX": "0", "LOGIN_LIMIT_MAX": "0"}
 
 	// wideLimits counts all requests and refuses none.
 	wideLimits = vars{"RATE_LIMIT_MAX": "1000000", "LOGIN_LIMIT_MAX": "1000000"}
 )
 
-// setScene starts all that a scene needs, with as many users on each master.
-func setScene(t *testing.T, limits vars) *scene {
+// newClusterTest starts all that such a test needs, with as many users on each master.
+func newClusterTest(t *testing.T, limits vars) *clusterTest {
 	t.Helper()
 	users, before := 12, 5*time.Second
 	if testing.Short() {
@@ -150,8 +152,8 @@ func setScene(t *testing.T, limits vars) *scene {
 		members[u.group]++
 		return members[u.group] <= users
 	})
-	tr.unclear = true
-	s := &scene{t: t, cluster: c, traffic: tr, began: time.Now()}
+	tr.refreshMayApply = true
+	s := &clusterTest{t: t, cluster: c, traffic: tr, began: time.Now()}
 	s.master, s.replica, s.others = c.find(tr.users[0].group)
 	tr.start(session...)
 	time.Sleep(before)
@@ -159,68 +161,94 @@ func setScene(t *testing.T, limits vars) *scene {
 }
 
 // lose loses the master, whose slots another node must take over. Soon after the cluster is whole,
-// all must be well, and the users of other slots must have kept a share of their rate meanwhile.
-func (s *scene) lose(how string, share float64, begin func()) {
+// all must be well.
+func (s *clusterTest) lose(how string, begin func()) {
 	s.t.Helper()
 	lost := s.master.address()
-	broken := s.traffic.breaks()
+	s.broken = s.traffic.breaks(lost)
 	begin()
 	eventually(s.t, startLimit, "the cluster is whole again", func() bool {
 		masters, whole := s.cluster.masters(s.others)
 		return whole && !slices.Contains(masters[:], lost)
 	})
-	whole := time.Now()
-	refused, last := s.traffic.calmed(broken)
-	late := max(0, last.Sub(whole))
-	others, _ := s.traffic.count(503, lost, broken, whole)
-	before, during := s.traffic.rate(lost, s.began, broken), s.traffic.rate(lost, broken, whole)
+	s.whole = time.Now()
+	refused, last := s.traffic.calmed(s.broken)
+	late := max(0, last.Sub(s.whole))
+	others, before, during := s.otherSlots()
 	s.t.Logf("| Master | Cluster whole after | Last 503 after that | 503 | 503 of other slots | "+
 		"Their rate before | And during |\n| %s | %.1f s | %.1f s | %d | %d | %.0f/s | %.0f/s |",
-		how, whole.Sub(broken).Seconds(), late.Seconds(), refused, others, before, during)
-	if late > healing+healingMargin {
+		how, s.whole.Sub(s.broken).Seconds(), late.Seconds(), refused, others, before, during)
+	if late > recoveryLimit+recoveryMargin {
 		s.t.Errorf("the last 503 came %v after the cluster was whole", late)
 	}
-	if during < share*before {
+}
+
+// otherSlots is what the users of other slots met in the outage, and their rate before it.
+func (s *clusterTest) otherSlots() (refused int, before, during float64) {
+	lost := s.master.address()
+	refused, _ = s.traffic.count(503, lost, s.broken, s.whole)
+	before = s.traffic.rate(lost, s.began, s.broken)
+	during = s.traffic.rate(lost, s.broken, s.whole)
+	return refused, before, during
+}
+
+// checkOtherSlots checks that the outage did no harm to the users of other slots. They keep all of
+// their rate, unless the machine is busy with something else. In short mode, which may share the
+// machine with other tests, and whose few users make few requests, they may lose more of it.
+func (s *clusterTest) checkOtherSlots() {
+	s.t.Helper()
+	minShare := 0.7
+	if testing.Short() {
+		minShare = 0.25
+	}
+	refused, before, during := s.otherSlots()
+	if during < minShare*before {
 		s.t.Errorf("users of other slots kept only %.0f %% of their rate", 100*during/before)
+	}
+	good, _ := s.traffic.count(200, s.master.address(), s.broken, s.whole)
+	if refused > good/100 {
+		s.t.Errorf("%d answers to users of other slots were 503, and %d were good", refused, good)
 	}
 }
 
 // bringBack brings the lost master back, which is a replica now. Nobody may notice for long.
-func (s *scene) bringBack(begin func()) {
+func (s *clusterTest) bringBack(begin func()) {
 	s.t.Helper()
 	back := time.Now()
 	begin()
-	if _, last := s.traffic.calmed(back); last.Sub(back) > healing+healingMargin {
+	if _, last := s.traffic.calmed(back); last.Sub(back) > recoveryLimit+recoveryMargin {
 		s.t.Errorf("503 until %v after the lost master was back", last.Sub(back))
 	}
 	s.traffic.end()
 }
 
 func TestClusterMasterKilled(t *testing.T) {
-	s := setScene(t, noLimits)
+	s := newClusterTest(t, noLimits)
 	s.traffic.rewinds = true
-	s.lose("killed", leastShare, s.master.kill)
+	s.lose("killed", s.master.kill)
+	s.checkOtherSlots()
 	s.bringBack(s.master.restart)
 }
 
 // While a master is silent, its users wait for it, and many of them log in again. The others must
 // not wait with them.
 func TestClusterMasterSilent(t *testing.T) {
-	s := setScene(t, noLimits)
+	s := newClusterTest(t, noLimits)
 	s.traffic.rewinds = true
-	crowd := &traffic{t: t, stop: make(chan struct{})}
-	for len(crowd.users) < 30 { // far more than DB_POOL_SIZE
+	extra := &traffic{t: t}
+	for len(extra.users) < 30 { // far more than DB_POOL_SIZE
 		for _, u := range s.traffic.users {
 			if u.group == s.master.address() {
-				crowd.users = append(crowd.users, &actor{user: u.copy(), traffic: crowd})
+				extra.users = append(extra.users, &actor{user: u.copy(), traffic: extra})
 			}
 		}
 	}
-	s.lose("stopped, and a crowd logs in", leastShare, func() {
+	s.lose("stopped, and many log in", func() {
 		s.master.freeze()
-		crowd.start((*actor).logInAgain)
+		extra.start((*actor).logInAgain)
 	})
-	crowd.end()
+	extra.end()
+	s.checkOtherSlots()
 	s.bringBack(s.master.thaw)
 }
 
@@ -228,33 +256,33 @@ func TestClusterMasterSilent(t *testing.T) {
 func TestClusterMasterLostWithLimits(t *testing.T) {
 	skipIfShort(t)
 	t.Run("killed", func(t *testing.T) {
-		s := setScene(t, wideLimits)
+		s := newClusterTest(t, wideLimits)
 		s.traffic.rewinds = true
-		s.lose("killed, with limits", 0, s.master.kill)
+		s.lose("killed, with limits", s.master.kill)
 		s.bringBack(s.master.restart)
 	})
 	t.Run("stopped", func(t *testing.T) {
-		s := setScene(t, wideLimits)
+		s := newClusterTest(t, wideLimits)
 		s.traffic.rewinds = true
-		s.lose("stopped, with limits", 0, func() { s.master.freeze() })
+		s.lose("stopped, with limits", func() { s.master.freeze() })
 		s.bringBack(s.master.thaw)
 	})
 }
 
-// If a replica takes over in order, or slots move to another master, nothing is undone.
+// After an ordered failover, or after slots have moved, no answered change is lost.
 func TestClusterChanges(t *testing.T) {
 	skipIfShort(t)
 	t.Run("failover", func(t *testing.T) {
-		s := setScene(t, noLimits)
-		s.lose("replaced in order", 0, func() { s.replica.do("CLUSTER", "FAILOVER") })
+		s := newClusterTest(t, noLimits)
+		s.lose("replaced in order", func() { s.replica.do("CLUSTER", "FAILOVER") })
 		s.traffic.end()
 	})
 	t.Run("slots", func(t *testing.T) {
-		s := setScene(t, noLimits)
+		s := newClusterTest(t, noLimits)
 		target := s.others[slices.IndexFunc(s.others, func(n *redisNode) bool {
 			return strings.Contains(n.do("INFO", "replication"), "role:master")
 		})]
-		s.lose("its slots moved away", 0, func() {
+		s.lose("its slots moved away", func() {
 			s.cluster.cli("--cluster", "reshard", target.address(),
 				"--cluster-from", s.master.do("CLUSTER", "MYID"),
 				"--cluster-to", target.do("CLUSTER", "MYID"),
@@ -262,11 +290,4 @@ func TestClusterChanges(t *testing.T) {
 		})
 		s.traffic.end()
 	})
-}
-
-func skipIfShort(t *testing.T) {
-	t.Helper()
-	if testing.Short() {
-		t.Skip("it takes too long for short mode")
-	}
 }

@@ -50,8 +50,8 @@ type process struct {
 }
 
 // startProcess starts cmd and kills it when the test ends. If the test has failed, it logs the end
-// of the output of the process. The process has a process group of its own, and the kernel kills it
-// if the tests themselves die.
+// of the output of the process. The process has a process group of its own. If the tests themselves
+// die, the kernel kills the process, but not its children: those that are frozen then stay.
 func startProcess(t *testing.T, name string, cmd *exec.Cmd) *process {
 	t.Helper()
 	p := &process{
@@ -260,6 +260,13 @@ func eventually(t *testing.T, within time.Duration, what string, ok func() bool)
 			t.Fatalf("%s: not so within %v", what, within)
 		}
 		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func skipIfShort(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("it takes too long for short mode")
 	}
 }
 

@@ -110,15 +110,15 @@ func (h handover) test(t *testing.T) {
 	p := startPair(t)
 	s := startServer(t, p.env())
 	everybody := func(*actor) bool { return true }
-	crowd := newTraffic(t, s, 12, everybody) // fills the pool of connections
-	crowd.start((*actor).logInAgain)
+	warmup := newTraffic(t, s, 12, everybody) // fills the pool of connections
+	warmup.start((*actor).logInAgain)
 	time.Sleep(time.Second)
-	crowd.end()
+	warmup.end()
 	tr := newTraffic(t, s, h.users, everybody)
 	tr.start(append(session, (*actor).signUpAnother)...)
 	time.Sleep(2 * time.Second)
 
-	broken := tr.breaks()
+	broken := tr.breaks("")
 	h.lose(p.primary)
 	time.Sleep(outage)
 	promoted := p.promote()
@@ -131,7 +131,7 @@ func (h handover) test(t *testing.T) {
 	if refused == 0 {
 		t.Error("there was no 503, so the primary was not lost")
 	}
-	if late > healing+healingMargin {
+	if late > recoveryLimit+recoveryMargin {
 		t.Errorf("the last 503 came %v after the promotion", late)
 	}
 	for _, u := range tr.joined {

@@ -8,40 +8,38 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
 
 const (
-	// healing is how much longer than its stores the server may take until all is well again, and
-	// healingMargin what a busy machine with two cores may add.
-	healing       = 2 * time.Second
-	healingMargin = time.Second
+	// recoveryLimit is how much longer than its stores the server may take until all is well again,
+	// and recoveryMargin what a busy machine with two cores may add.
+	recoveryLimit  = 2 * time.Second
+	recoveryMargin = time.Second
 
-	// undone is how much of what was answered a failover may undo, since replication between the
-	// nodes of a cluster is asynchronous.
-	undone = time.Second
+	// replicationLag is how much of what was answered a failover may undo, since replication
+	// between the nodes of a cluster is asynchronous.
+	replicationLag = time.Second
 
-	// thinking is the time between two requests of a user. It keeps the traffic from saturating the
-	// machine, because rates would then say nothing about the server.
-	thinking = 50 * time.Millisecond
-
-	// leastShare is the share of their rate that users of other slots must keep in an outage. They
-	// keep all of it, unless the machine is busy with something else meanwhile.
-	leastShare = 0.25
+	// pauseBetweenRequests is the time between two requests of a user. It keeps the traffic from
+	// saturating the machine, because rates would then say nothing about the server.
+	pauseBetweenRequests = 50 * time.Millisecond
 )
 
-// Traffic is users who do the same steps again and again.
+// traffic is a group of users who repeat the same steps.
 type traffic struct {
-	t       *testing.T
-	users   []*actor
-	rewinds bool // whether an outage may undo what was answered last
-	unclear bool // whether a refresh that is answered with 503 may have been carried out
-	stop    chan struct{}
-	loops   sync.WaitGroup
+	t               *testing.T
+	users           []*actor
+	rewinds         bool // whether an outage may undo what was answered last
+	refreshMayApply bool // whether a refresh that is answered with 503 may have been carried out
+	stopped         atomic.Bool
+	loops           sync.WaitGroup
 
 	mu      sync.Mutex
 	broken  time.Time // when the outage began
+	lost    string    // the group whose master it takes away
 	answers []observed
 	faults  []string
 	joined  []*user // who has signed up meanwhile
@@ -57,20 +55,20 @@ type observed struct {
 // An actor is one of these users, and what it knows about its session.
 type actor struct {
 	*user
-	traffic *traffic
-	id      string
-	group   string    // the master that has its sessions
-	live    bool      // it has a session
-	unsure  bool      // a change that was answered with 503 may have been carried out
-	changed time.Time // when a change was last answered with success
-	ended   *user     // with the tokens of a session that has ended
-	died    time.Time // when that session ended
+	traffic        *traffic
+	id             string
+	group          string    // the master that has its sessions
+	live           bool      // it has a session
+	outcomeUnknown bool      // a change that was answered with 503 may have been carried out
+	changed        time.Time // when a change was last answered with success
+	ended          *user     // with the tokens of a session that has ended
+	died           time.Time // when that session ended
 }
 
 // newTraffic signs up n users whom wanted, which may set their group, agrees to.
 func newTraffic(t *testing.T, s *server, n int, wanted func(*actor) bool) *traffic {
 	t.Helper()
-	tr := &traffic{t: t, stop: make(chan struct{})}
+	tr := &traffic{t: t}
 	for len(tr.users) < n {
 		u := &actor{user: signedUp(t, s), traffic: tr, live: true}
 		var me struct{ User struct{ ID string } }
@@ -85,45 +83,41 @@ func newTraffic(t *testing.T, s *server, n int, wanted func(*actor) bool) *traff
 	return tr
 }
 
+// start lets the users repeat steps until the end of the test at the latest.
 func (tr *traffic) start(steps ...func(*actor)) {
+	tr.t.Cleanup(tr.halt)
 	for _, u := range tr.users {
 		tr.loops.Go(func() {
-			for i := 0; ; i++ {
-				select {
-				case <-tr.stop:
-					return
-				case <-time.After(thinking):
-					steps[i%len(steps)](u)
-				}
+			for i := 0; !tr.stopped.Load(); i++ {
+				time.Sleep(pauseBetweenRequests)
+				steps[i%len(steps)](u)
 			}
 		})
 	}
 }
 
-// end ends the loops and reports the answers that were wrong.
+// halt stops the users and waits for them.
+func (tr *traffic) halt() {
+	tr.stopped.Store(true)
+	tr.loops.Wait()
+}
+
+// end stops the users and reports the answers that were wrong.
 func (tr *traffic) end() {
 	tr.t.Helper()
-	close(tr.stop)
-	tr.loops.Wait()
+	tr.halt()
 	if n := len(tr.faults); n > 0 {
 		first := strings.Join(tr.faults[:min(n, 10)], "\n")
 		tr.t.Errorf("%d answers were wrong. The first are:\n%s", n, first)
 	}
 }
 
-// breaks notes that an outage begins now.
-func (tr *traffic) breaks() time.Time {
+// breaks notes that an outage begins now, which takes the master of a group away.
+func (tr *traffic) breaks(group string) time.Time {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
-	tr.broken = time.Now()
+	tr.broken, tr.lost = time.Now(), group
 	return tr.broken
-}
-
-// mayBeUndone tells whether the outage may have undone a change that was answered at a time.
-func (tr *traffic) mayBeUndone(changed time.Time) bool {
-	tr.mu.Lock()
-	defer tr.mu.Unlock()
-	return tr.rewinds && changed.Sub(tr.broken).Abs() < undone
 }
 
 // count counts the answers with a status in a period, except those to one group, and returns the
@@ -150,12 +144,13 @@ func (tr *traffic) rate(except string, from, to time.Time) float64 {
 // calmed waits until no answer has been 503 for longer than the server may need to heal, but no
 // longer than a minute. It counts the 503 from a time on, and returns the time of the last.
 func (tr *traffic) calmed(from time.Time) (refused int, last time.Time) {
-	const quiet = healing + healingMargin + time.Second
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(thinking) {
+	const quiet = recoveryLimit + recoveryMargin + time.Second
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		refused, last = tr.count(503, "", from, time.Now())
 		if time.Since(from) > quiet && time.Since(last) > quiet {
 			break
 		}
+		time.Sleep(pauseBetweenRequests)
 	}
 	return refused, last
 }
@@ -165,6 +160,14 @@ func (tr *traffic) fault(what string, a answer) {
 	defer tr.mu.Unlock()
 	at := time.Now().UTC().Format("15:04:05.000")
 	tr.faults = append(tr.faults, fmt.Sprintf("%s %s: %v", at, what, a))
+}
+
+// mayBeUndone tells whether the outage may have undone a change that was answered at a time.
+func (u *actor) mayBeUndone(changed time.Time) bool {
+	tr := u.traffic
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	return tr.rewinds && u.group == tr.lost && changed.Sub(tr.broken).Abs() < replicationLag
 }
 
 // send sends a request. The answer must be a success, 503 unavailable, or have one of the codes.
@@ -184,30 +187,30 @@ var deadCodes = []string{"refresh_reused", "session_revoked"}
 
 // use sends a request with a token that is good, as far as the user knows.
 func (u *actor) use(what string, request func() answer) answer {
-	if u.unsure || u.traffic.mayBeUndone(u.changed) {
+	if u.outcomeUnknown || u.mayBeUndone(u.changed) {
 		return u.send(what, request, deadCodes...)
 	}
 	return u.send(what, request)
 }
 
-// mustBeDead shows a token that must be refused since a time.
+// mustBeDead sends a token that has been dead since a given time, and reports a success.
 func (u *actor) mustBeDead(what string, since time.Time, request func() answer) {
 	a := u.send(what, request, deadCodes...)
-	if a.ok() && !u.traffic.mayBeUndone(since) {
+	if a.ok() && !u.mayBeUndone(since) {
 		u.traffic.fault(what, a)
 	}
 }
 
-// learn notes what the answer to a change tells about the session. live is what it is after a
-// success.
-func (u *actor) learn(a answer, live bool) {
+// note records what the answer to a change says about the session. After a success, the session is
+// live if live is true.
+func (u *actor) note(a answer, live bool) {
 	switch {
 	case a.ok():
-		u.live, u.unsure, u.changed = live, false, time.Now()
+		u.live, u.outcomeUnknown, u.changed = live, false, time.Now()
 	case a.status == 401:
 		u.live = false
 	default:
-		u.unsure = u.traffic.unclear
+		u.outcomeUnknown = u.traffic.refreshMayApply
 	}
 }
 
@@ -230,7 +233,7 @@ func (u *actor) showEndedSession() {
 
 func (u *actor) logInIfOut() {
 	if !u.live {
-		u.learn(u.send("login", u.login), true)
+		u.note(u.send("login", u.login), true)
 	}
 }
 
@@ -240,7 +243,7 @@ func (u *actor) rotate() {
 	}
 	old := u.copy()
 	a := u.use("refresh", u.refresh)
-	u.learn(a, true)
+	u.note(a, true)
 	if a.ok() {
 		u.mustBeDead("an exchanged refresh token", u.changed, old.refresh)
 	}
@@ -259,7 +262,7 @@ func (u *actor) logOut() {
 	}
 	last := u.copy()
 	a := u.use("logout", u.logout)
-	u.learn(a, false)
+	u.note(a, false)
 	if a.ok() {
 		u.mustBeDead("an access token just after its logout", u.changed, last.me)
 	}

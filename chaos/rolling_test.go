@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"flag"
 	"fmt"
 	"net/http"
 	"os"
@@ -13,48 +14,44 @@ import (
 	"time"
 )
 
-const (
-	// longDelay is more than HAProxy takes to notice that a server is about to stop: three checks,
-	// two seconds apart.
-	longDelay = 8 * time.Second
+var (
+	restarts = flag.Int("restarts", 3, "rounds of TestRollingRestart; at most 1 in short mode")
 
-	// restartTime is how long a restarting server is away. It is longer than HAProxy tries to reach
-	// a server that it still counts as up: three more times, a second apart.
-	restartTime = 4 * time.Second
+	// By default, delay is more than HAProxy takes to notice that a server is about to stop: three
+	// checks, two seconds apart. With less, requests fail.
+	delay = flag.Duration("delay", 8*time.Second, "SHUTDOWN_DELAY in TestRollingRestart")
 )
+
+// restartTime is how long a restarting server is away. It is longer than HAProxy tries to reach a
+// server that it still counts as up: three more times, a second apart.
+const restartTime = 4 * time.Second
 
 // TestRollingRestart restarts two servers in turn behind a proxy while users act. No request fails,
 // and no session is lost.
 func TestRollingRestart(t *testing.T) {
 	t.Run("HAProxy", func(t *testing.T) {
-		rounds := 3
-		if testing.Short() {
-			rounds = 1
-		}
-		testRollingRestart(t, rounds, startHAProxy)
+		testRollingRestart(t, startHAProxy)
 	})
 	t.Run("nginx", func(t *testing.T) {
-		if testing.Short() {
-			t.Skip("one proxy is enough for -short")
-		}
-		testRollingRestart(t, 2, startNginx)
+		skipIfShort(t)
+		testRollingRestart(t, startNginx)
 	})
 }
 
-func testRollingRestart(
-	t *testing.T,
-	rounds int,
-	startBalancer func(*testing.T, ...*server) *balancer,
-) {
+func testRollingRestart(t *testing.T, startBalancer func(*testing.T, ...*server) *balancer) {
+	n := *restarts
+	if testing.Short() {
+		n = min(n, 1)
+	}
 	env := vars{
 		"DATABASE_URL":   startPostgres(t).url,
 		"REDIS_URL":      startRedis(t).url,
-		"SHUTDOWN_DELAY": longDelay.String(),
+		"SHUTDOWN_DELAY": delay.String(),
 	}
 	servers := []*server{startServer(t, env), startServer(t, env)}
 	front := startBalancer(t, servers...)
-	crowd := startCrowd(t, front.server)
-	for range rounds {
+	users := startCrowd(t, front.server)
+	for range n {
 		for _, s := range servers {
 			if err := s.terminate(); err != nil {
 				t.Errorf("a server ended with %v", err)
@@ -65,7 +62,7 @@ func testRollingRestart(
 			front.awaitUp(s)
 		}
 	}
-	crowd.stop()
+	users.stop()
 }
 
 // A crowd is users who act until they are stopped. Each makes the next request when the last one is
@@ -86,6 +83,7 @@ func startCrowd(t *testing.T, front *server) *crowd {
 	hasty.http = newHTTPClient()
 	hasty.http.Transport.(*http.Transport).DisableKeepAlives = true
 	c := &crowd{t: t}
+	t.Cleanup(c.halt)
 	for range 4 {
 		c.users = append(c.users, signedUp(t, front), signedUp(t, &hasty))
 	}
@@ -113,10 +111,15 @@ func (c *crowd) act(u *user) {
 	}
 }
 
-// stop ends the requests. Every user must still have a session.
-func (c *crowd) stop() {
+// halt stops the users and waits for them.
+func (c *crowd) halt() {
 	c.stopped.Store(true)
 	c.wg.Wait()
+}
+
+// stop ends the requests. Every user must still have a session.
+func (c *crowd) stop() {
+	c.halt()
 	c.t.Logf("%d requests succeeded, %d waited in vain for a store", c.done.Load(), c.busy.Load())
 	if c.busy.Load() > c.done.Load()/1000 {
 		c.t.Error("too many requests waited in vain for a store")
@@ -181,6 +184,7 @@ func startNginx(t *testing.T, servers ...*server) *balancer {
 	}
 	b := runBalancer(t, "nginx", `
 daemon off;
+master_process off;
 pid FOLDER/pid;
 error_log stderr;
 events {}

@@ -17,12 +17,13 @@ import (
 type lab struct {
 	*server
 	t             *testing.T
+	fault         fault
 	unlimited     *server
 	pg            *postgres
 	redis         *redisNode
 	postgresProxy *proxy // the server reaches PostgreSQL and Redis through them
 	redisProxy    *proxy // if the fault is one of the network
-	hoard         []*pgx.Conn
+	heldConns     []*pgx.Conn
 }
 
 // limits are the server's settings that let a test reach a limit soon. A rate limit's window is
@@ -43,6 +44,7 @@ func startLab(t *testing.T, f fault) *lab {
 	}
 	l := &lab{
 		t:     t,
+		fault: f,
 		pg:    startPostgres(t, "max_connections=100"),
 		redis: startRedis(t, "appendonly yes", "appendfsync no"),
 	}
@@ -54,7 +56,7 @@ func startLab(t *testing.T, f fault) *lab {
 		env["REDIS_URL"] = l.redisProxy.through(l.redis.url)
 	}
 	maps.Copy(env, limits)
-	if f.dear {
+	if f.costlyHashes {
 		env["BCRYPT_COST"] = "12"
 	}
 	l.server = startServer(t, env)
@@ -65,21 +67,27 @@ func startLab(t *testing.T, f fault) *lab {
 
 // A fault is one way in which a store breaks.
 type fault struct {
-	store   string
-	name    string
-	short   bool // it is also tried with -short
-	proxied bool // the server reaches its stores through proxies
-	dear    bool // password hashes cost what they cost in production
-	disk    bool // PostgreSQL has a small disk of its own
-	breaks  func(*lab)
-	mends   func(*lab)
-	limit   time.Duration          // the contract's limit on the time to any answer
-	want    func(r route) []string // the outcomes that the contract allows
-	after   func(r route) []string // those after the mending; nil if all must succeed
-	forgets bool                   // the counters of the limits are lost
+	store        string
+	name         string
+	short        bool          // it is also tried with -short
+	proxied      bool          // the server reaches its stores through proxies
+	costlyHashes bool          // password hashes cost what they cost in production
+	disk         bool          // PostgreSQL has a small disk of its own
+	delay        time.Duration // every answer of the store is late by that
+	breaks       func(*lab)
+	mends        func(*lab)
+	limit        time.Duration          // the contract's limit on the time to any answer
+	want         func(r route) []string // the outcomes that the contract allows
+	after        func(r route) []string // those after the mending; nil if all must succeed
+	forgets      bool                   // the counters of the limits are lost
 }
 
 func (f fault) String() string { return f.store + " " + f.name }
+
+// concerns tells whether a route asks a store that the fault breaks.
+func (f fault) concerns(r route) bool {
+	return f.store != "PostgreSQL" && asksRedis(r) || f.store != "Redis" && asksPostgres(r)
+}
 
 // The limits on the time to an answer that the contract names.
 const (
@@ -95,9 +103,11 @@ var (
 	nothing       = func(*lab) {}
 	thawsRedis    = func(l *lab) { l.redis.thaw() }
 	restartsRedis = func(l *lab) { l.redis.restart() }
+	slowsRedis    = func(l *lab) { l.redisProxy.slow(l.fault.delay) }
+	slowsPostgres = func(l *lab) { l.postgresProxy.slow(l.fault.delay) }
 )
 
-// unless answers 503 where a route needs of a store what the fault has taken away.
+// unless expects 503 from the routes for which lost is true, and success from the others.
 func unless(lost func(route) bool) func(route) []string {
 	return func(r route) []string {
 		if lost(r) {
@@ -116,6 +126,15 @@ func either(r route) []string {
 		return good
 	}
 	return goodOr503
+}
+
+// onReadOnlyRedis are the outcomes on a Redis that takes no writes. Without the rate limit, GET
+// /auth/me only reads, and may go on.
+func onReadOnlyRedis(r route) []string {
+	if r.name == "me" {
+		return goodOr503
+	}
+	return unless(asksRedis)(r)
 }
 
 // redisFaults are what can happen to Redis. Every route under /auth writes to it, if only the
@@ -143,7 +162,8 @@ var redisFaults = []fault{
 		store:   "Redis",
 		name:    "slow, +600 ms",
 		proxied: true,
-		breaks:  func(l *lab) { l.redisProxy.slow(600 * time.Millisecond) },
+		delay:   600 * time.Millisecond,
+		breaks:  slowsRedis,
 		mends:   func(l *lab) { l.redisProxy.mend() },
 		limit:   requestLimit,
 		want:    either,
@@ -152,7 +172,8 @@ var redisFaults = []fault{
 		store:   "Redis",
 		name:    "slow, +2 s",
 		proxied: true,
-		breaks:  func(l *lab) { l.redisProxy.slow(2 * time.Second) },
+		delay:   2 * time.Second,
+		breaks:  slowsRedis,
 		mends:   func(l *lab) { l.redisProxy.mend() },
 		limit:   requestLimit,
 		want:    unless(asksRedis),
@@ -168,7 +189,7 @@ var redisFaults = []fault{
 	},
 	{
 		store:  "Redis",
-		name:   "restarted",
+		name:   "restarted before the request",
 		breaks: restartsRedis,
 		mends:  nothing,
 		limit:  redisLimit,
@@ -192,7 +213,7 @@ var redisFaults = []fault{
 		breaks: func(l *lab) { l.redis.do("REPLICAOF", "127.0.0.1", "1") },
 		mends:  func(l *lab) { l.redis.do("REPLICAOF", "NO", "ONE") },
 		limit:  redisLimit,
-		want:   unless(asksRedis),
+		want:   onReadOnlyRedis,
 	},
 	{
 		store:  "Redis",
@@ -208,13 +229,14 @@ var redisFaults = []fault{
 // bothFaults are what happens to both stores at once.
 var bothFaults = []fault{
 	{
-		store:   "Both",
-		name:    "slow, +300 ms, with hashes of cost 12",
-		proxied: true,
-		dear:    true,
+		store:        "Both",
+		name:         "slow, +300 ms, with hashes of cost 12",
+		proxied:      true,
+		costlyHashes: true,
+		delay:        300 * time.Millisecond,
 		breaks: func(l *lab) {
-			l.redisProxy.slow(300 * time.Millisecond)
-			l.postgresProxy.slow(300 * time.Millisecond)
+			slowsRedis(l)
+			slowsPostgres(l)
 		},
 		mends: func(l *lab) {
 			l.redisProxy.mend()
@@ -248,7 +270,8 @@ var postgresFaults = []fault{
 		store:   "PostgreSQL",
 		name:    "slow, +300 ms",
 		proxied: true,
-		breaks:  func(l *lab) { l.postgresProxy.slow(300 * time.Millisecond) },
+		delay:   300 * time.Millisecond,
+		breaks:  slowsPostgres,
 		mends:   func(l *lab) { l.postgresProxy.mend() },
 		limit:   requestLimit,
 		want:    either,
@@ -257,7 +280,8 @@ var postgresFaults = []fault{
 		store:   "PostgreSQL",
 		name:    "slow, +1 s",
 		proxied: true,
-		breaks:  func(l *lab) { l.postgresProxy.slow(time.Second) },
+		delay:   time.Second,
+		breaks:  slowsPostgres,
 		mends:   func(l *lab) { l.postgresProxy.mend() },
 		limit:   requestLimit,
 		want:    either,
@@ -273,7 +297,7 @@ var postgresFaults = []fault{
 	},
 	{
 		store:  "PostgreSQL",
-		name:   "restarted",
+		name:   "restarted before the request",
 		breaks: func(l *lab) { l.pg.restart() },
 		mends:  nothing,
 		limit:  postgresLimit,
@@ -319,29 +343,27 @@ var postgresFaults = []fault{
 	},
 }
 
-// onFullDisk are the outcomes on a full disk. What changes a row may still find room in its page.
-// What only locks or deletes rows needs none.
+// onFullDisk are the outcomes on a full disk. What adds or changes a row may still find room in the
+// pages where it belongs. What only locks or deletes rows needs none.
 func onFullDisk(r route) []string {
 	switch r.name {
-	case "signup":
-		return unavailable
-	case "password", "readyz":
+	case "signup", "password", "readyz":
 		return goodOr503
 	default:
 		return good
 	}
 }
 
-// fillDisk writes a file until PostgreSQL's disk is full, and then signs users up until PostgreSQL
-// has no room for more, for there may be some left in its pages.
+// fillDisk writes a file until PostgreSQL's disk is full, and then signs users up until there is no
+// room in the pages where one of them belongs, which must be answered as onFullDisk says.
 func (l *lab) fillDisk() {
 	err := l.writeBallast("SELECT repeat('x', 1000), generate_series(1, 1000000)")
 	var reported *pgconn.PgError
 	if !errors.As(err, &reported) || reported.Code != "53100" { // disk_full
 		l.t.Fatalf("filling the disk: %v", err)
 	}
-	eventually(l.t, startLimit, "no user can be stored", func() bool {
-		return !newUser(l.server).signup().ok()
+	eventually(l.t, startLimit, "a user cannot be stored", func() bool {
+		return newUser(l.server).signup().outcome() == "503 unavailable"
 	})
 }
 
@@ -384,7 +406,7 @@ func (l *lab) takeAllConnections() {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	l.hoard = []*pgx.Conn{first}
+	l.heldConns = []*pgx.Conn{first}
 	const endOthers = `
 		SELECT count(pg_terminate_backend(pid))
 		FROM pg_stat_activity
@@ -395,10 +417,10 @@ func (l *lab) takeAllConnections() {
 			if err != nil {
 				break
 			}
-			l.hoard = append(l.hoard, conn)
+			l.heldConns = append(l.heldConns, conn)
 		}
 		var pids []uint32
-		for _, conn := range l.hoard {
+		for _, conn := range l.heldConns {
 			pids = append(pids, conn.PgConn().PID())
 		}
 		var others int
@@ -410,7 +432,7 @@ func (l *lab) takeAllConnections() {
 }
 
 func (l *lab) giveConnectionsBack() {
-	for _, conn := range l.hoard {
+	for _, conn := range l.heldConns {
 		conn.Close(context.Background())
 	}
 }

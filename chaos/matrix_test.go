@@ -1,7 +1,6 @@
 package chaos
 
 import (
-	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
@@ -22,18 +21,15 @@ const (
 	// and a busy machine may add one.
 	goodAgainLimit = 3 * time.Second
 
-	// quietLimit is how long after the mending goroutines and connections may be left over. The
-	// server's own deadlines end all of them within 5 s, and a busy machine may add as much.
-	quietLimit = 10 * time.Second
-
-	// spareGoroutines are those that the runtime and the pools may start at any time.
-	spareGoroutines = 10
-
 	// loginLimit is the server's LOGIN_LIMIT_MAX.
 	loginLimit = 3
 
-	// askers is how many users ask each route while the store is broken.
+	// askers is how many users ask each route while the store is broken. One more asks it without
+	// the rate limit, where the route's own steps are the first to meet the broken store.
 	askers = 3
+
+	// withoutLimit is added to the names of the routes that this one user asks.
+	withoutLimit = " without the rate limit"
 )
 
 // A need is what a route needs of a store.
@@ -41,8 +37,8 @@ type need int
 
 const (
 	unused need = iota
-	reads       // of Redis also counting and deleting, which it does even if it is full
-	writes      // of Redis: what needs memory
+	reads       // of Redis, this includes counting and deleting, which work even if it is full
+	writes      // of Redis, only what needs memory
 )
 
 // A route is one request of the contract. It stands for a method and a path; a path that answers
@@ -115,19 +111,10 @@ func prepareRevoke(t *testing.T, s *server) func() answer {
 	if a := u.login(); !a.ok() {
 		t.Fatalf("login: %v", a)
 	}
-	var list struct {
-		Sessions []struct {
-			ID      string
-			Current bool
-		}
-	}
-	a := u.sessions()
-	if err := json.Unmarshal([]byte(a.body), &list); err != nil || len(list.Sessions) != 2 {
-		t.Fatalf("sessions: %v %s", a, a.body)
-	}
-	older := list.Sessions[0].ID
-	if list.Sessions[0].Current {
-		older = list.Sessions[1].ID
+	list := u.sessions()
+	older := otherSession(list)
+	if older == "" {
+		t.Fatalf("sessions: %v %s", list, list.body)
 	}
 	return func() answer { return u.revoke(older) }
 }
@@ -143,7 +130,7 @@ func health(path string) func(*user) answer {
 	}
 }
 
-// outcome is an answer in the words of the tables.
+// outcome describes an answer as the tables do.
 func (a answer) outcome() string {
 	switch {
 	case a.err != nil:
@@ -160,7 +147,7 @@ type probe struct {
 	name    string
 	ask     func() answer
 	refused string // its outcome when all is well
-	counted bool   // it is refused for a counter of Redis
+	counted bool   // it is refused because of a counter in Redis
 }
 
 func prepareProbes(t *testing.T, l *lab) []probe {
@@ -257,8 +244,12 @@ func TestMatrix(t *testing.T) {
 // breakStore makes one row of the matrix.
 func breakStore(t *testing.T, f fault) row {
 	l := startLab(t, f)
+	limited, unlimited := l.quietMetrics(), l.unlimited.quietMetrics()
 	probes := prepareProbes(t, l)
 	requests := prepareRoutes(t, l.server, askers)
+	for name, asks := range prepareRoutes(t, l.unlimited, 1) {
+		requests[name+withoutLimit] = asks
+	}
 	for _, p := range probes {
 		requests[p.name] = []func() answer{p.ask}
 	}
@@ -268,7 +259,7 @@ func breakStore(t *testing.T, f fault) row {
 	}
 	spares := prepareRoutes(t, l.server, 1)
 	askAll(prepareRoutes(t, l.server, askers)) // so that the pools have grown
-	before := l.quietMetrics()
+	askAll(prepareRoutes(t, l.unlimited, 1))
 
 	f.breaks(l)
 	answers := askAll(requests)
@@ -277,8 +268,9 @@ func breakStore(t *testing.T, f fault) row {
 	}
 	result := row{fault: f.String()}
 	for _, r := range routes {
-		checkRoute(t, f, r, answers[r.name])
-		result.cells = append(result.cells, cell(answers[r.name]))
+		got := append(answers[r.name], answers[r.name+withoutLimit]...)
+		checkRoute(t, f, r, got)
+		result.cells = append(result.cells, cell(got))
 	}
 
 	f.mends(l)
@@ -287,9 +279,10 @@ func breakStore(t *testing.T, f fault) row {
 		checkProbeAfter(t, f, p, p.ask())
 	}
 	if f.store == "PostgreSQL" && f.after == nil {
-		checkNotUsedUp(t, requests["refresh"], patient)
+		checkNotUsedUp(t, append(requests["refresh"], requests["refresh"+withoutLimit]...), patient)
 	}
-	l.awaitQuiet(before)
+	l.awaitQuiet(limited)
+	l.unlimited.awaitQuiet(unlimited)
 	return result
 }
 
@@ -329,9 +322,26 @@ func checkRoute(t *testing.T, f fault, r route, answers []answer) {
 		if a.took > f.limit+answerMargin {
 			t.Errorf("%s: %v, want an answer within %v", r.name, a, f.limit)
 		}
-		if a.code == "unavailable" && r.name != "readyz" && a.header.Get("Retry-After") == "" {
+		if a.ok() && f.concerns(r) && a.took < f.delay {
+			t.Errorf("%s: %v, so the store was not slow", r.name, a)
+		}
+		if a.code == "unavailable" && a.header.Get("Retry-After") == "" {
 			t.Errorf("%s: %v without Retry-After", r.name, a)
 		}
+		if a.code == "unavailable" && r.name == "readyz" {
+			checkNamed(t, f, a)
+		}
+	}
+}
+
+// checkNamed checks that /readyz names the store that is broken. If both are, it may name either.
+func checkNamed(t *testing.T, f fault, a answer) {
+	want := map[string]string{
+		"Redis":      `"postgres":"ok","redis":"unavailable"`,
+		"PostgreSQL": `"postgres":"unavailable","redis":"ok"`,
+	}[f.store]
+	if !strings.Contains(a.body, want) {
+		t.Errorf("/readyz: %s, want %s", a.body, want)
 	}
 }
 
@@ -395,39 +405,6 @@ func awaitRecovery(t *testing.T, f fault, spares requests) time.Duration {
 	}
 	asking.Wait()
 	return time.Since(mended)
-}
-
-const (
-	goroutines    = "go_goroutines"
-	postgresInUse = `latchkey_postgres_connections{state="in_use"}`
-	redisOpen     = `latchkey_redis_connections{state="open"}`
-	redisIdle     = `latchkey_redis_connections{state="idle"}`
-)
-
-// quietMetrics are the server's metrics while no connection to it is open but that of the question.
-func (l *lab) quietMetrics() map[string]float64 {
-	l.http.CloseIdleConnections()
-	return l.metrics()
-}
-
-// awaitQuiet waits until the server holds no more than it did before.
-func (l *lab) awaitQuiet(before map[string]float64) {
-	var now map[string]float64
-	isQuiet := func() bool {
-		now = l.quietMetrics()
-		return now[postgresInUse] == 0 &&
-			now[redisOpen] == now[redisIdle] &&
-			now[goroutines] <= before[goroutines]+spareGoroutines
-	}
-	deadline := time.Now().Add(quietLimit)
-	for !isQuiet() {
-		if time.Now().After(deadline) {
-			l.t.Errorf("%v after the mending the server holds %v, before it %v",
-				quietLimit, now, before)
-			return
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
 }
 
 // cell shows answers: their different outcomes, and the longest time if it can be felt.

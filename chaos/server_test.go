@@ -123,6 +123,49 @@ func (s *server) metrics() map[string]float64 {
 	return values
 }
 
+const (
+	// quietLimit is how long after a test goroutines and connections may be left over. The server's
+	// own deadlines end all of them within 5 s, and a busy machine may add as much.
+	quietLimit = 10 * time.Second
+
+	// spareGoroutines are those that the runtime and the pools may start at any time.
+	spareGoroutines = 10
+)
+
+const (
+	goroutines     = "go_goroutines"
+	hashingWaiting = "latchkey_hashing_waiting"
+	postgresInUse  = `latchkey_postgres_connections{state="in_use"}`
+	redisOpen      = `latchkey_redis_connections{state="open"}`
+	redisIdle      = `latchkey_redis_connections{state="idle"}`
+)
+
+// quietMetrics are the server's metrics while no connection to it is open but that of the question.
+func (s *server) quietMetrics() map[string]float64 {
+	s.t.Helper()
+	s.http.CloseIdleConnections()
+	return s.metrics()
+}
+
+// awaitQuiet waits until the server holds no more than it did before.
+func (s *server) awaitQuiet(before map[string]float64) {
+	s.t.Helper()
+	var now map[string]float64
+	isQuiet := func() bool {
+		now = s.quietMetrics()
+		return now[postgresInUse] == 0 &&
+			now[redisOpen] == now[redisIdle] &&
+			now[hashingWaiting] == 0 &&
+			now[goroutines] <= before[goroutines]+spareGoroutines
+	}
+	for deadline := time.Now().Add(quietLimit); !isQuiet(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			s.t.Errorf("%v later the server holds %v, before %v", quietLimit, now, before)
+			return
+		}
+	}
+}
+
 // build builds the server's executable, at most once.
 var build = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(shared, "latchkey")

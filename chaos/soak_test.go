@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"net/http"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -42,12 +41,13 @@ func TestSoak(t *testing.T) {
 		"RATE_LIMIT_WINDOW":    "5",
 		"LOGIN_LIMIT_WINDOW":   "5",
 	})}
+	var users sync.WaitGroup
+	defer users.Wait() // also if the test fails below
 	ctx, stop := context.WithTimeout(t.Context(), *soak)
 	defer stop()
-	var users sync.WaitGroup
 	for range soakers {
-		users.Go(func() { k.comeAndGo(ctx) })
-		users.Go(func() { k.stay(ctx) })
+		users.Go(func() { k.cycleAccounts(ctx) })
+		users.Go(func() { k.keepSession(ctx) })
 	}
 	var samples []sample
 	ticks := time.NewTicker(5 * time.Second)
@@ -101,9 +101,9 @@ func (k *soaking) walk(steps ...step) bool {
 	return true
 }
 
-// comeAndGo uses every route with one account after the other. It leaves half of the accounts, and
+// cycleAccounts uses every route with one account after the other. It leaves half of the accounts, and
 // some of their sessions, to themselves.
-func (k *soaking) comeAndGo(ctx context.Context) {
+func (k *soaking) cycleAccounts(ctx context.Context) {
 	for n := 0; ctx.Err() == nil; n++ {
 		u := newUser(k.server)
 		second, wrong := u.copy(), u.copy()
@@ -114,7 +114,7 @@ func (k *soaking) comeAndGo(ctx context.Context) {
 			step{"login with a wrong password", 401, wrong.login},
 			step{"an unknown path", 404, func() answer { return u.ask("GET", "/auth/no", nil) }},
 			step{"second login", 200, second.login},
-			step{"revoke", 200, func() answer { return u.revoke(otherSession(u.sessions())) }},
+			step{"revoke", 200, func() answer { return revokeOther(u) }},
 			step{"me of a revoked session", 401, second.me},
 			step{"third login", 200, second.login},
 			step{"password", 200, func() answer { return u.changePassword("new " + u.password) }},
@@ -143,8 +143,17 @@ func (k *soaking) comeAndGo(ctx context.Context) {
 	}
 }
 
-// stay keeps sessions until they have reached SESSION_MAX_TTL.
-func (k *soaking) stay(ctx context.Context) {
+// revokeOther lists the sessions and revokes one that is not the current one.
+func revokeOther(u *user) answer {
+	list := u.sessions()
+	if !list.ok() {
+		return list
+	}
+	return u.revoke(otherSession(list))
+}
+
+// keepSession keeps one session after the other until it has reached SESSION_MAX_TTL.
+func (k *soaking) keepSession(ctx context.Context) {
 	for ctx.Err() == nil {
 		u := newUser(k.server)
 		good := k.walk(step{"signup", 201, u.signup})
@@ -170,17 +179,6 @@ func wait(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-var notCurrent = regexp.MustCompile(`"id":"([^"]*)"[^}]*"current":false`)
-
-// otherSession is the id of a session that is not the current one.
-func otherSession(list answer) string {
-	match := notCurrent.FindStringSubmatch(list.body)
-	if match == nil {
-		return "none"
-	}
-	return match[1]
-}
-
 // assertTTLs looks at all keys in Redis.
 func assertTTLs(t *testing.T, client *redis.Client) {
 	t.Helper()
@@ -199,7 +197,7 @@ func assertTTLs(t *testing.T, client *redis.Client) {
 // sampled names what a sample holds.
 var sampled = []string{"answers", "resident MB", "MB from the system", "goroutines", "Redis keys"}
 
-// A sample is what was so far or is at one time, in the order of sampled.
+// A sample holds the values measured at one time, in the order of sampled.
 type sample []float64
 
 func (k *soaking) sample(client *redis.Client) sample {

@@ -123,6 +123,24 @@ func (u *user) deleteAccount() answer {
 	return u.ask("DELETE", "/auth/me", map[string]string{"password": u.password})
 }
 
+// otherSession is the id of a session in a list that is not the current one. It is empty if there
+// is none.
+func otherSession(list answer) string {
+	var members struct {
+		Sessions []struct {
+			ID      string
+			Current bool
+		}
+	}
+	json.Unmarshal([]byte(list.body), &members) // what is no JSON has no sessions
+	for _, session := range members.Sessions {
+		if !session.Current {
+			return session.ID
+		}
+	}
+	return ""
+}
+
 // ask sends one request with all tokens that the user has, and keeps the tokens of the answer.
 func (u *user) ask(method, path string, body map[string]string) answer {
 	encoded, _ := json.Marshal(body) // a map of strings always encodes

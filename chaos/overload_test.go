@@ -3,12 +3,10 @@ package chaos
 // overload_test.go floods a server with logins and fills it with idle connections.
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"regexp"
 	"strconv"
@@ -29,13 +27,17 @@ const (
 	// floodMemory bounds the resident memory of the flooded server. It takes about a third of that.
 	floodMemory = 100 << 20
 
-	// floodedP99 bounds what hashes no password. It takes below 0.1 s on two cores, which the
+	// floodedP99 bounds what hashes no password. It takes about 0.1 s on two cores, which the
 	// server shares with its stores and with all clients.
 	floodedP99 = 2 * time.Second
 
-	// floodedSuccess is the part of it that must succeed. On a busy machine a store may be silent
-	// for so long that a few requests are refused.
-	floodedSuccess = 0.99
+	// floodedFactor bounds its median by that of the calm time, which counts as a millisecond at
+	// least. The factor is below 6, and above 25 if hashing may occupy all threads of the server.
+	floodedFactor = 20
+
+	// servedShare is the part of it that must succeed, also in the calm time. On a busy machine a
+	// store may be silent for so long that a few requests are refused.
+	servedShare = 0.99
 
 	// slowestLogin bounds every login. The server gives each request 5 s; the rest is for a busy
 	// machine.
@@ -61,7 +63,7 @@ func TestLoginFlood(t *testing.T) {
 	env["BCRYPT_COST"] = "12"
 	s := startServer(t, env)
 	u := signedUp(t, s)
-	before := s.metrics()
+	before := s.quietMetrics()
 
 	calm := l.run(s, duration)
 	stop := startFlood(t, u)
@@ -73,20 +75,24 @@ func TestLoginFlood(t *testing.T) {
 	if good == 0 || refused == 0 {
 		t.Error("the flood was not served in part and refused in part")
 	}
+	assertServed(t, calm)
+	assertServed(t, flooded)
 	for path, m := range flooded {
-		if m.Success < floodedSuccess || m.Latencies.P99 > floodedP99 {
-			t.Errorf("%s: %v %v, p99 %v", path, m.StatusCodes, m.Errors, m.Latencies.P99)
+		p50 := floodedFactor * max(calm[path].Latencies.P50, time.Millisecond)
+		if m.Latencies.P50 > p50 || m.Latencies.P99 > floodedP99 {
+			t.Errorf("%s in the flood: p50 %v, want at most %v; p99 %v, want at most %v",
+				path, m.Latencies.P50, p50, m.Latencies.P99, floodedP99)
 		}
-	}
-	if health := flooded["/healthz"]; health.Success != 1 {
-		t.Errorf("/healthz: %v %v", health.StatusCodes, health.Errors)
 	}
 	peak := memory(t, s, "VmHWM")
 	t.Logf("the server has taken up to %d MB", peak>>20)
 	if peak > floodMemory {
 		t.Errorf("that is more than %d MB", floodMemory>>20)
 	}
-	assertCalm(t, u, before)
+	s.awaitQuiet(before)
+	if a := u.login(); !a.ok() {
+		t.Errorf("login after it: %v", a)
+	}
 }
 
 // A load is what is sent at a fixed rate: refreshes, reads and health checks.
@@ -129,8 +135,7 @@ func (l *load) run(s *server, duration time.Duration) map[string]*vegeta.Metrics
 			select {
 			case cookie := <-l.cookies:
 				target.Header.Set("Cookie", "refreshToken="+cookie)
-			default:
-				return errors.New("all sessions are being refreshed")
+			default: // all sessions are being refreshed: without a cookie, this one fails
 			}
 		}
 		return nil
@@ -143,6 +148,9 @@ func (l *load) run(s *server, duration time.Duration) map[string]*vegeta.Metrics
 			metrics[path] = &vegeta.Metrics{}
 		}
 		metrics[path].Add(hit)
+		if hit.Code != http.StatusOK {
+			continue
+		}
 		answered := http.Response{Header: hit.Headers}
 		for _, cookie := range answered.Cookies() {
 			l.cookies <- cookie.Value
@@ -152,6 +160,16 @@ func (l *load) run(s *server, duration time.Duration) map[string]*vegeta.Metrics
 		m.Close()
 	}
 	return metrics
+}
+
+// assertServed checks that nearly all requests of a run have succeeded, and all health checks.
+func assertServed(t *testing.T, run map[string]*vegeta.Metrics) {
+	t.Helper()
+	for path, m := range run {
+		if m.Success < servedShare || path == "/healthz" && m.Success != 1 {
+			t.Errorf("%s: %v %v", path, m.StatusCodes, m.Errors)
+		}
+	}
 }
 
 // latencyTable shows two runs side by side in Markdown.
@@ -199,23 +217,6 @@ func startFlood(t *testing.T, u *user) (stop func() (good, refused int64)) {
 		ended.Store(true)
 		clients.Wait()
 		return succeeded.Load(), overloaded.Load()
-	}
-}
-
-// assertCalm waits until the server of u holds no more than before, and then logs in.
-func assertCalm(t *testing.T, u *user, before map[string]float64) {
-	t.Helper()
-	u.server.http.CloseIdleConnections()
-	eventually(t, 10*time.Second, "the server is calm again", func() bool {
-		now := u.server.metrics()
-		return now["go_goroutines"] <= before["go_goroutines"]+10 &&
-			now["latchkey_hashing_waiting"] == 0 &&
-			now[`latchkey_postgres_connections{state="in_use"}`] == 0 &&
-			now[`latchkey_redis_connections{state="idle"}`] ==
-				now[`latchkey_redis_connections{state="open"}`]
-	})
-	if a := u.login(); !a.ok() {
-		t.Errorf("login after it: %v", a)
 	}
 }
 
@@ -278,19 +279,18 @@ func TestIdleConnections(t *testing.T) {
 // openIdle opens a connection and has one request answered on it.
 func openIdle(t *testing.T, s *server) net.Conn {
 	t.Helper()
-	base, _ := url.Parse(s.url)
-	c, err := net.Dial("tcp", base.Host)
+	conn, err := dial(s)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { c.Close() })
-	fmt.Fprintf(c, "GET /healthz HTTP/1.1\r\nHost: %s\r\n\r\n", base.Host)
+	t.Cleanup(func() { conn.Close() })
+	io.WriteString(conn, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
 	answer := make([]byte, 1024)
-	size, err := c.Read(answer)
+	size, err := conn.Read(answer)
 	if err != nil || !strings.Contains(string(answer[:size]), `{"status":"ok"}`) {
 		t.Fatalf("%v\n%s", err, answer[:size])
 	}
-	return c
+	return conn
 }
 
 // allowFiles raises this process's limit of open files, which the server inherits. It skips the

@@ -83,12 +83,13 @@ func newTraffic(t *testing.T, s *server, n int, wanted func(*actor) bool) *traff
 	return tr
 }
 
-// start lets the users repeat steps until the end of the test at the latest.
+// start lets the users repeat steps until the end of the test at the latest. They begin with
+// different ones, so that an outage meets users at each.
 func (tr *traffic) start(steps ...func(*actor)) {
 	tr.t.Cleanup(tr.halt)
-	for _, u := range tr.users {
+	for first, u := range tr.users {
 		tr.loops.Go(func() {
-			for i := 0; !tr.stopped.Load(); i++ {
+			for i := first; !tr.stopped.Load(); i++ {
 				time.Sleep(pauseBetweenRequests)
 				steps[i%len(steps)](u)
 			}

@@ -101,8 +101,8 @@ func (k *soaking) walk(steps ...step) bool {
 	return true
 }
 
-// cycleAccounts uses every route with one account after the other. It leaves half of the accounts, and
-// some of their sessions, to themselves.
+// cycleAccounts uses every route with one account after the other. It leaves half of the accounts,
+// and some of their sessions, to themselves.
 func (k *soaking) cycleAccounts(ctx context.Context) {
 	for n := 0; ctx.Err() == nil; n++ {
 		u := newUser(k.server)

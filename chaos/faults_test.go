@@ -354,8 +354,8 @@ func onFullDisk(r route) []string {
 	}
 }
 
-// fillDisk writes a file until PostgreSQL's disk is full, and then signs users up until there is no
-// room in the pages where one of them belongs, which must be answered as onFullDisk says.
+// fillDisk writes a file until PostgreSQL's disk is full, and then signs users up until one of them
+// finds no room in the pages where it belongs, and is answered with 503.
 func (l *lab) fillDisk() {
 	err := l.writeBallast("SELECT repeat('x', 1000), generate_series(1, 1000000)")
 	var reported *pgconn.PgError

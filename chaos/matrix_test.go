@@ -341,7 +341,7 @@ func checkNamed(t *testing.T, f fault, a answer) {
 		"PostgreSQL": `"postgres":"unavailable","redis":"ok"`,
 	}[f.store]
 	if !strings.Contains(a.body, want) {
-		t.Errorf("/readyz: %s, want %s", a.body, want)
+		t.Errorf("/readyz: %s, want %s", strings.TrimSpace(a.body), want)
 	}
 }
 

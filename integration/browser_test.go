@@ -274,9 +274,17 @@ func (x *tab) login(email, password string) {
 	x.signedIn(email)
 }
 
-// signedIn waits for the account and the list of sessions, the last that the page asks for.
+// signedIn waits for the account and the list of sessions, the last that the page asks for. If this
+// machine was too busy to answer the page, it tries again, as a user would.
 func (x *tab) signedIn(email string) {
 	x.t.Helper()
+	x.until(`(() => {
+		const again = document.querySelector('#view-offline button');
+		if (again.checkVisibility() && !again.disabled) {
+			again.click();
+		}
+		return document.querySelector('#email').checkVisibility();
+	})()`)
 	x.see("#email", email)
 	x.see("#sessions", "This browser")
 }

@@ -153,6 +153,7 @@ func shutsDown(s *server) {
 		}
 		return err != nil
 	})
+	time.Sleep(500 * time.Millisecond) // these requests take long
 	for _, conn := range logins {
 		io.WriteString(conn, c.loginText("")[9:])
 		buffer := make([]byte, 12)

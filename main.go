@@ -880,7 +880,8 @@ func (e *environment) database() *pgxpool.Config {
 
 // statements refuses settings for prepared statements with which the server would not work.
 func (e *environment) statements(cfg *pgx.ConnConfig) {
-	switch mode := cfg.DefaultQueryExecMode; {
+	mode := cfg.DefaultQueryExecMode
+	switch {
 	case mode == pgx.QueryExecModeDescribeExec:
 		// This mode takes two round trips. A pooler such as PgBouncer may send the second one to
 		// another connection, which then executes the statement of another request.

@@ -136,10 +136,7 @@ func (l *loginLimiter) take(
 	}
 	ctx, cancel := l.timeToUndo(ctx)
 	defer cancel()
-	giveBackErr := l.window.giveBack(ctx,
-		refund{pairKey(email, ip), 1},
-		refund{accountKey(email), 1})
-	return false, wait, errors.Join(err, giveBackErr)
+	return false, wait, errors.Join(err, l.refundAccount(ctx, email, ip, 1))
 }
 
 // giveBack takes back an attempt whose password could not be judged.
@@ -166,11 +163,22 @@ func (l *loginLimiter) refund(
 	}
 	ctx, cancel := l.timeToUndo(ctx)
 	defer cancel()
-	accountErr := l.window.giveBack(ctx,
-		refund{pairKey(email, ip), pairEvents},
-		refund{accountKey(email), 1})
+	accountErr := l.refundAccount(ctx, email, ip, pairEvents)
 	addressErr := l.window.giveBack(ctx, refund{addressKey(ip), 1})
 	return errors.Join(accountErr, addressErr)
+}
+
+// refundAccount takes pairEvents off the counter of the account and the address, and one event off
+// that of the account.
+func (l *loginLimiter) refundAccount(
+	ctx context.Context,
+	email string,
+	ip netip.Addr,
+	pairEvents int,
+) error {
+	return l.window.giveBack(ctx,
+		refund{pairKey(email, ip), pairEvents},
+		refund{accountKey(email), 1})
 }
 
 // timeToUndo returns a context like ctx that does not end before undoTimeout has passed. So an

@@ -390,8 +390,9 @@ func cannotServe(reported *pgconn.PgError) bool {
 	switch reported.Code[:2] {
 	case "08", "53", "57": // connection lost; out of resources; shutting down or starting
 		return true
+	default:
+		return false
 	}
-	return false
 }
 
 // Sessions

@@ -376,12 +376,9 @@ func (l *lab) emptyDisk() {
 // writeBallast replaces a file on PostgreSQL's disk by the rows of a query.
 func (l *lab) writeBallast(query string) error {
 	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, l.pg.url)
-	if err != nil {
-		return err
-	}
+	conn := l.pg.connect()
 	defer conn.Close(ctx)
-	_, err = conn.Exec(ctx, "COPY ("+query+") TO '"+l.pg.data+"/ballast'")
+	_, err := conn.Exec(ctx, "COPY ("+query+") TO '"+l.pg.data+"/ballast'")
 	return err
 }
 
@@ -402,10 +399,7 @@ func (l *lab) setReadOnly(value string) {
 // server, until the server has none.
 func (l *lab) takeAllConnections() {
 	ctx := context.Background()
-	first, err := pgx.Connect(ctx, l.pg.url)
-	if err != nil {
-		l.t.Fatal(err)
-	}
+	first := l.pg.connect()
 	l.heldConns = []*pgx.Conn{first}
 	const endOthers = `
 		SELECT count(pg_terminate_backend(pid))

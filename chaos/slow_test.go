@@ -38,15 +38,26 @@ func TestSlowClients(t *testing.T) {
 	before := s.quietMetrics()
 	var slow sync.WaitGroup
 	for range 10 {
-		slow.Go(func() { sendSlowHeaders(t, s) })
-		slow.Go(func() { sendSlowBody(t, s, "") })
-		slow.Go(func() { sendSlowBody(t, s, `{"email": "somebody@example.com"`) })
+		slow.Go(func() { onConnection(t, s, sendSlowHeaders) })
+		slow.Go(func() { onConnection(t, s, sendNoBody) })
+		slow.Go(func() { onConnection(t, s, sendSlowBody) })
 	}
 	for range 50 {
-		slow.Go(func() { neverRead(t, s) })
+		slow.Go(func() { onConnection(t, s, neverRead) })
 	}
 	useMeanwhile(t, u, &slow)
 	s.awaitQuiet(before)
+}
+
+// onConnection calls a client with a connection of its own.
+func onConnection(t *testing.T, s *server, client func(*testing.T, net.Conn)) {
+	conn, err := dial(s)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer conn.Close()
+	client(t, conn)
 }
 
 // useMeanwhile makes requests until others are done. Each must succeed.
@@ -76,13 +87,7 @@ func useMeanwhile(t *testing.T, u *user, others *sync.WaitGroup) {
 }
 
 // sendSlowHeaders sends headers at one byte a second. The connection is cut.
-func sendSlowHeaders(t *testing.T, s *server) {
-	conn, err := dial(s)
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	defer conn.Close()
+func sendSlowHeaders(t *testing.T, conn net.Conn) {
 	began := time.Now()
 	go dribble(conn, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
 	conn.SetReadDeadline(began.Add(slowSenderLimit + slowMargin))
@@ -94,15 +99,17 @@ func sendSlowHeaders(t *testing.T, s *server) {
 	}
 }
 
-// sendSlowBody sends headers, and at most one byte of the body a second. The answer is 408, and the
-// connection is closed.
-func sendSlowBody(t *testing.T, s *server, body string) {
-	conn, err := dial(s)
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	defer conn.Close()
+// sendNoBody sends headers, and nothing of the body that they announce.
+func sendNoBody(t *testing.T, conn net.Conn) { sendBody(t, conn, "") }
+
+// sendSlowBody sends headers, and one byte of the body a second.
+func sendSlowBody(t *testing.T, conn net.Conn) {
+	sendBody(t, conn, `{"email": "somebody@example.com"`)
+}
+
+// sendBody sends headers, and the beginning of the body they announce at one byte a second. The
+// answer is 408, and the connection is closed.
+func sendBody(t *testing.T, conn net.Conn, body string) {
 	began := time.Now()
 	io.WriteString(conn, "POST /auth/login HTTP/1.1\r\n"+
 		"Host: localhost\r\n"+
@@ -140,13 +147,7 @@ func sendSlowBody(t *testing.T, s *server, body string) {
 
 // neverRead sends requests without a pause and never reads an answer. The connection is cut, so
 // that a write fails.
-func neverRead(t *testing.T, s *server) {
-	conn, err := dial(s)
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	defer conn.Close()
+func neverRead(t *testing.T, conn net.Conn) {
 	began := time.Now()
 	requests := strings.Repeat("GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", 100)
 	conn.SetWriteDeadline(began.Add(slowReaderLimit + slowMargin))

@@ -105,14 +105,21 @@ func connects(url string) bool {
 	return true
 }
 
+// connect opens a connection, which must succeed. The caller closes it.
+func (pg *postgres) connect() *pgx.Conn {
+	pg.t.Helper()
+	conn, err := pgx.Connect(context.Background(), pg.url)
+	if err != nil {
+		pg.t.Fatal(err)
+	}
+	return conn
+}
+
 // exec executes statements, each in a transaction of its own, on one connection.
 func (pg *postgres) exec(statements ...string) {
 	pg.t.Helper()
 	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, pg.url)
-	if err != nil {
-		pg.t.Fatal(err)
-	}
+	conn := pg.connect()
 	defer conn.Close(ctx)
 	for _, statement := range statements {
 		if _, err := conn.Exec(ctx, statement); err != nil {
@@ -125,10 +132,7 @@ func (pg *postgres) exec(statements ...string) {
 func (pg *postgres) query(sql string, args ...any) (text string) {
 	pg.t.Helper()
 	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, pg.url)
-	if err != nil {
-		pg.t.Fatal(err)
-	}
+	conn := pg.connect()
 	defer conn.Close(ctx)
 	row := conn.QueryRow(ctx, "SELECT ("+sql+")::text", args...)
 	if err := row.Scan(&text); err != nil {

@@ -2,7 +2,7 @@ FROM golang:1.26-alpine AS build
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
-COPY *.go *.sql *.lua *.txt ./
+COPY *.go *.sql *.lua *.tmpl *.txt ./
 RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o /latchkey .
 
 FROM scratch

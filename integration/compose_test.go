@@ -55,6 +55,20 @@ func (p *project) inspect(service, format string) string {
 	return p.docker("container", "inspect", "--format", format, p.container(service))
 }
 
+// dockerEnv is what docker needs of our environment. The developer's other settings must not reach a
+// fresh clone.
+func dockerEnv() (env []string) {
+	for _, name := range []string{
+		"PATH", "HOME", "TMPDIR", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT",
+		"DOCKER_BUILDKIT", "XDG_RUNTIME_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+	} {
+		if value, set := os.LookupEnv(name); set {
+			env = append(env, name+"="+value)
+		}
+	}
+	return env
+}
+
 // TestCompose is "docker compose up on a fresh clone without .env gives a working server".
 func TestCompose(t *testing.T) {
 	t.Parallel()
@@ -64,16 +78,7 @@ func TestCompose(t *testing.T) {
 		dir:  t.TempDir(),
 		name: "latchkey-integration-" + port,
 		port: port,
-		env:  []string{"PORT=" + port},
-	}
-	// Nothing of the developer's own settings reaches the fresh clone.
-	for _, name := range []string{
-		"PATH", "HOME", "TMPDIR", "DOCKER_HOST", "DOCKER_CONFIG", "DOCKER_CONTEXT",
-		"DOCKER_BUILDKIT", "XDG_RUNTIME_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-	} {
-		if value, set := os.LookupEnv(name); set {
-			p.env = append(p.env, name+"="+value)
-		}
+		env:  append(dockerEnv(), "PORT="+port),
 	}
 	clone := exec.Command("git", "clone", "--quiet", "--no-local", "..", p.dir)
 	if out, err := clone.CombinedOutput(); err != nil {
@@ -100,6 +105,31 @@ func TestCompose(t *testing.T) {
 	p.compose("down")
 	p.compose("up", "--wait")
 	u.login().lives()
+}
+
+// TestComposeVariables is "every variable of the server's configuration passes through".
+func TestComposeVariables(t *testing.T) {
+	example, err := os.ReadFile("../.env.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &project{t: t, dir: "..", name: "latchkey-integration-variables", env: dockerEnv()}
+	var passed []string
+	for line := range strings.Lines(string(example)) {
+		name, _, assigns := strings.Cut(line, "=")
+		if !assigns || strings.HasPrefix(line, "#") || name == "POSTGRES_PASSWORD" {
+			continue
+		}
+		value := fmt.Sprint(20000 + len(passed)) // PORT must be a number
+		p.env = append(p.env, name+"="+value)
+		passed = append(passed, fmt.Sprintf("%s: %q", name, value))
+	}
+	config := p.compose("--profile", "mail", "config")
+	for _, variable := range passed {
+		if !strings.Contains(config, variable) {
+			t.Errorf("the server's container does not get %s", variable)
+		}
+	}
 }
 
 // assertContainers is "only the server's port is published, on 127.0.0.1, and it is locked in".

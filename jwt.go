@@ -57,22 +57,16 @@ func (k keys) sign(c claims) string {
 	if err != nil {
 		panic(err) // strings and integers always encode
 	}
-	signed := jwtHeader + "." + base64url.EncodeToString(payload)
-	return signed + "." + signature(k.current, signed)
+	return k.seal(jwtHeader + "." + base64url.EncodeToString(payload))
 }
 
 // verify returns the claims of a token. It returns errTokenExpired if the token has expired and
 // nothing else is wrong with it, and errTokenInvalid if anything else is wrong.
 func (k keys) verify(token string, now time.Time) (claims, error) {
-	dot := strings.LastIndexByte(token, '.')
-	if dot < 0 || len(token) > maxTokenBytes {
-		return claims{}, errTokenInvalid
-	}
-
 	// The signature is checked first, so nothing of a forged token is ever parsed.
-	signed := token[:dot]
-	if !k.haveSigned(signed, token[dot+1:]) {
-		return claims{}, errTokenInvalid
+	signed, err := k.open(token)
+	if err != nil {
+		return claims{}, err
 	}
 	c, err := parseClaims(signed)
 	if err != nil {
@@ -87,6 +81,25 @@ func (k keys) verify(token string, now time.Time) (claims, error) {
 		return claims{}, errTokenExpired
 	}
 	return c, nil
+}
+
+// seal returns text with its signature.
+func (k keys) seal(text string) string {
+	return text + "." + signature(k.current, text)
+}
+
+// open returns the text that seal has sealed with one of the keys. It returns errTokenInvalid if
+// none of them has.
+func (k keys) open(sealed string) (string, error) {
+	dot := strings.LastIndexByte(sealed, '.')
+	if dot < 0 || len(sealed) > maxTokenBytes {
+		return "", errTokenInvalid
+	}
+	text, shown := sealed[:dot], sealed[dot+1:]
+	if !k.haveSigned(text, shown) {
+		return "", errTokenInvalid
+	}
+	return text, nil
 }
 
 // haveSigned reports whether shown is the signature of text with one of the keys.

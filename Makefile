@@ -18,7 +18,7 @@ run: go ## serve on http://localhost:3000, with the data in .data
 dev: go ## like run, but rebuild and restart at every saved change
 	scripts/with-services --keep .data go run $(AIR) \
 	    -tmp_dir .data/air \
-	    -build.include_ext go,sql,lua,txt \
+	    -build.include_ext go,sql,lua,tmpl,txt \
 	    -build.exclude_dir .data,bench,chaos,contract,examples,integration,scripts,spec \
 	    -build.full_bin 'exec .data/air/main' \
 	    -build.send_interrupt true \

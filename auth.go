@@ -15,12 +15,10 @@ import (
 	"maps"
 	"mime"
 	"net/http"
-	"net/mail"
 	"os"
 	"strings"
 	"sync/atomic"
 	"time"
-	"unicode"
 	"unicode/utf8"
 
 	"golang.org/x/crypto/bcrypt"
@@ -58,6 +56,8 @@ type auth struct {
 	store        *store
 	logins       *loginLimiter
 	hasher       *hasher
+	mails        *mailer
+	links        links
 	metrics      *metrics
 	log          *slog.Logger
 	access       keys
@@ -80,17 +80,32 @@ type userAnswer struct {
 	Email string `json:"email"`
 }
 
-// accountAnswer is the user in the other answers.
-type accountAnswer struct {
+// newAccountAnswer is the user in the answer to a signup.
+type newAccountAnswer struct {
 	ID        string    `json:"id"`
 	Email     string    `json:"email"`
 	CreatedAt timestamp `json:"createdAt"`
 }
 
+// accountAnswer is the user in the answer about the caller's account.
+type accountAnswer struct {
+	ID            string    `json:"id"`
+	Email         string    `json:"email"`
+	CreatedAt     timestamp `json:"createdAt"`
+	EmailVerified bool      `json:"emailVerified"`
+}
+
+// verifiedAnswer is the user in the answer to a verification.
+type verifiedAnswer struct {
+	ID            string `json:"id"`
+	Email         string `json:"email"`
+	EmailVerified bool   `json:"emailVerified"`
+}
+
 type signupAnswer struct {
-	Message     string        `json:"message"`
-	User        accountAnswer `json:"user"`
-	AccessToken string        `json:"accessToken"`
+	Message     string           `json:"message"`
+	User        newAccountAnswer `json:"user"`
+	AccessToken string           `json:"accessToken"`
 }
 
 type loginAnswer struct {
@@ -107,6 +122,11 @@ type meAnswer struct {
 	User accountAnswer `json:"user"`
 }
 
+type verifyAnswer struct {
+	Message string         `json:"message"`
+	User    verifiedAnswer `json:"user"`
+}
+
 type sessionsAnswer struct {
 	Sessions []sessionAnswer `json:"sessions"`
 }
@@ -118,14 +138,6 @@ type sessionAnswer struct {
 	IP         string    `json:"ip"`
 	UserAgent  string    `json:"userAgent"`
 	Current    bool      `json:"current"`
-}
-
-func accountOf(u user) accountAnswer {
-	return accountAnswer{
-		ID:        u.ID,
-		Email:     u.Email,
-		CreatedAt: timestamp(u.CreatedAt),
-	}
 }
 
 // Handlers
@@ -142,7 +154,7 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 	}
 	email := normalizeEmail(in.Email)
 	err = validate(validationError{
-		"email":    emailFault(email),
+		"email":    a.newEmailFault(email),
 		"password": passwordFault(in.Password),
 	})
 	if err != nil {
@@ -162,9 +174,14 @@ func (a *auth) signup(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	accessToken := a.issueTokens(w, r, u, g, u.Email)
+	_ = a.sendMail(r, mailVerify, u, u.Email)
 	return writeJSON(w, http.StatusCreated, signupAnswer{
-		Message:     "User created successfully",
-		User:        accountOf(u),
+		Message: "User created successfully",
+		User: newAccountAnswer{
+			ID:        u.ID,
+			Email:     u.Email,
+			CreatedAt: timestamp(u.CreatedAt),
+		},
 		AccessToken: accessToken,
 	})
 }
@@ -277,7 +294,12 @@ func (a *auth) me(w http.ResponseWriter, r *http.Request, c claims) error {
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, http.StatusOK, meAnswer{accountOf(u)})
+	return writeJSON(w, http.StatusOK, meAnswer{accountAnswer{
+		ID:            u.ID,
+		Email:         u.Email,
+		CreatedAt:     timestamp(u.CreatedAt),
+		EmailVerified: u.Verified,
+	}})
 }
 
 // listSessions returns the caller's sessions.
@@ -338,8 +360,9 @@ func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) 
 	if err != nil {
 		return err
 	}
-	err = retryStale(func() error {
-		u, err := a.reauthenticate(r, c, in.CurrentPassword)
+	var u user
+	err = retryStale(func() (err error) {
+		u, err = a.reauthenticate(r, c, in.CurrentPassword)
 		if err != nil {
 			return err
 		}
@@ -352,6 +375,7 @@ func (a *auth) changePassword(w http.ResponseWriter, r *http.Request, c claims) 
 	if err != nil {
 		return err
 	}
+	_ = a.sendMail(r, mailPasswordChanged, u, u.Email)
 	return writeJSON(w, http.StatusOK, message{"Password changed"})
 }
 
@@ -378,6 +402,199 @@ func (a *auth) deleteAccount(w http.ResponseWriter, r *http.Request, c claims) e
 	}
 	a.clearCookie(w)
 	return writeJSON(w, http.StatusOK, message{"Account deleted"})
+}
+
+// forgotPassword asks for a mail with a link to reset the password. It decides nothing, so that
+// addresses with and without an account cannot be told apart by its answer or by its time.
+func (a *auth) forgotPassword(w http.ResponseWriter, r *http.Request) error {
+	var in emailOnly
+	err := readBody(w, r, members{"email": &in.Email})
+	if err != nil {
+		return err
+	}
+	email := normalizeEmail(in.Email)
+	err = validate(validationError{"email": emailFault(email)})
+	if err != nil {
+		return err
+	}
+	err = a.mails.enqueue(mailRequest{
+		RequestID: infoOf(r).id,
+		Kind:      mailReset,
+		Address:   email,
+	})
+	if err != nil {
+		return err
+	}
+	const text = "If the address has an account, a mail is on its way"
+	return writeJSON(w, http.StatusAccepted, message{text})
+}
+
+// resetPassword sets a new password for the user of a link, and ends all sessions.
+func (a *auth) resetPassword(w http.ResponseWriter, r *http.Request) error {
+	var in passwordReset
+	err := readBody(w, r, members{
+		"token":       &in.Token,
+		"newPassword": &in.NewPassword,
+	})
+	if err != nil {
+		return err
+	}
+	err = validate(validationError{
+		"token":       missingFault(in.Token),
+		"newPassword": passwordFault(in.NewPassword),
+	})
+	if err != nil {
+		return err
+	}
+	opened, u, err := a.openLink(r, in.Token, linkReset, linkOperatorReset)
+	if err != nil {
+		return err
+	}
+	if opened.State != stateOf(u) {
+		return errLinkInvalid
+	}
+	hash, err := a.hasher.hash(r.Context(), in.NewPassword)
+	if err != nil {
+		return err
+	}
+	mailed := opened.Purpose == linkReset
+	err = a.store.resetPassword(r.Context(), u, hash, mailed)
+	if err != nil {
+		return usedIfStale(err)
+	}
+	// Whoever forgot a password has often tried several, and should not have to wait now.
+	forgiveErr := a.logins.forgivePair(r.Context(), normalizeEmail(u.Email), infoOf(r).ip)
+	a.warn(r, "failed logins not forgiven", forgiveErr)
+	_ = a.sendMail(r, mailPasswordChanged, u, u.Email)
+	return writeJSON(w, http.StatusOK, message{"Password changed"})
+}
+
+// sendVerification asks for another mail with a link to verify the caller's email, unless it is
+// verified.
+func (a *auth) sendVerification(w http.ResponseWriter, r *http.Request, c claims) error {
+	u, err := a.store.findUserByID(r.Context(), c.UserID)
+	if err != nil {
+		return err
+	}
+	if !u.Verified {
+		err = a.sendMail(r, mailVerify, u, u.Email)
+	}
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusAccepted, message{"A mail is on its way"})
+}
+
+// changeEmail asks for a mail to the new address, with a link that changes the caller's email to
+// it. It does so even if another account has that address, since the answer must not tell.
+func (a *auth) changeEmail(w http.ResponseWriter, r *http.Request, c claims) error {
+	var in emailChange
+	err := readBody(w, r, members{
+		"newEmail": &in.NewEmail,
+		"password": &in.Password,
+	})
+	if err != nil {
+		return err
+	}
+	email := normalizeEmail(in.NewEmail)
+	err = validate(validationError{
+		"newEmail": a.newEmailFault(email),
+		"password": missingFault(in.Password),
+	})
+	if err != nil {
+		return err
+	}
+	u, err := a.reauthenticate(r, c, in.Password)
+	if err != nil {
+		return err
+	}
+	if err := a.sendMail(r, mailChange, u, email); err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusAccepted, message{"A mail is on its way"})
+}
+
+// verifyEmail marks the email of a link's user as verified, after it has changed the email if that
+// is what the link is for. If the link is opened again, nothing changes and the answer is the same.
+func (a *auth) verifyEmail(w http.ResponseWriter, r *http.Request) error {
+	var in tokenOnly
+	err := readBody(w, r, members{"token": &in.Token})
+	if err != nil {
+		return err
+	}
+	err = validate(validationError{"token": missingFault(in.Token)})
+	if err != nil {
+		return err
+	}
+	opened, u, err := a.openLink(r, in.Token, linkVerify, linkChange)
+	if err != nil {
+		return err
+	}
+	before := u.Email
+	switch {
+	case u.Verified && u.Email == opened.Email:
+		// The link was opened before.
+	case opened.Purpose == linkVerify && u.Email == opened.Email:
+		u, err = a.store.verifyEmail(r.Context(), u)
+	case opened.Purpose == linkChange && opened.State == stateOf(u):
+		u, err = a.store.changeEmail(r.Context(), u, opened.Email)
+	default:
+		err = errLinkInvalid
+	}
+	if err != nil {
+		return usedIfStale(err)
+	}
+	if u.Email != before {
+		_ = a.sendMail(r, mailEmailChanged, u, before)
+	}
+	return writeJSON(w, http.StatusOK, verifyAnswer{
+		Message: "Email verified",
+		User: verifiedAnswer{
+			ID:            u.ID,
+			Email:         u.Email,
+			EmailVerified: u.Verified,
+		},
+	})
+}
+
+// Links
+
+// openLink returns what a link's token says, and its user. It notes the user for the log.
+func (a *auth) openLink(
+	r *http.Request,
+	token string,
+	purposes ...linkPurpose,
+) (link, user, error) {
+	opened, err := a.links.open(token, time.Now(), purposes...)
+	if err != nil {
+		return link{}, user{}, err
+	}
+	infoOf(r).userID = opened.UserID
+	u, err := a.store.findUserByID(r.Context(), opened.UserID)
+	if errors.Is(err, errNoUser) {
+		return link{}, user{}, errLinkInvalid
+	}
+	return opened, u, err
+}
+
+// usedIfStale returns errLinkInvalid if err is errStale: the user's password or email was changed
+// after the link was checked, perhaps by the same link. Otherwise it returns err.
+func usedIfStale(err error) error {
+	if errors.Is(err, errStale) {
+		return errLinkInvalid
+	}
+	return err
+}
+
+// sendMail asks for a mail about u to an address. If that fails, the log tells. A caller ignores
+// the error if what it has done stands without the mail.
+func (a *auth) sendMail(r *http.Request, kind mailKind, u user, address string) error {
+	return a.mails.enqueue(mailRequest{
+		RequestID: infoOf(r).id,
+		Kind:      kind,
+		User:      u,
+		Address:   address,
+	})
 }
 
 // Tokens
@@ -551,6 +768,28 @@ type passwordOnly struct {
 	Password string
 }
 
+// emailOnly is the body of POST /auth/password/forgot.
+type emailOnly struct {
+	Email string
+}
+
+// passwordReset is the body of POST /auth/password/reset.
+type passwordReset struct {
+	Token       string
+	NewPassword string
+}
+
+// emailChange is the body of PUT /auth/email.
+type emailChange struct {
+	NewEmail string
+	Password string
+}
+
+// tokenOnly is the body of POST /auth/email/verify.
+type tokenOnly struct {
+	Token string
+}
+
 // members maps the names of a body's members, all of them strings, to where they are stored.
 type members map[string]*string
 
@@ -639,37 +878,25 @@ func missingFault(value string) string {
 	return ""
 }
 
-// normalizeEmail trims an email and lower-cases its ASCII letters, which is also all that
-// PostgreSQL lower-cases under the collation "C".
-func normalizeEmail(email string) string {
-	return strings.Map(func(r rune) rune {
-		if r <= unicode.MaxASCII {
-			return unicode.ToLower(r)
-		}
-		return r
-	}, strings.TrimSpace(email))
-}
-
-// emailFault returns the fault of a new account's email, which is normalized, or "".
+// emailFault returns the fault of an email, which is normalized, or "".
 func emailFault(email string) string {
-	if email == "" {
+	switch {
+	case email == "":
 		return requiredFault
-	}
-	if len(email) > maxEmailBytes {
+	case len(email) > maxEmailBytes:
 		return "Email must be at most 254 bytes"
-	}
-	parsed, err := mail.ParseAddress(email)
-	plain := err == nil && parsed.Address == email && strings.Count(email, "@") == 1
-	if !plain || strings.ContainsFunc(email, isUnprintable) {
+	case !isPlainAddress(email):
 		return "Email must be a valid email address"
 	}
 	return ""
 }
 
-// isUnprintable reports whether r is a space, a control character, or invisible. An email must not
-// contain such characters.
-func isUnprintable(r rune) bool {
-	return unicode.IsSpace(r) || !unicode.IsGraphic(r)
+// newEmailFault returns the fault of an email that an account is to have, or "".
+func (a *auth) newEmailFault(email string) string {
+	if !a.mails.canReach(email) {
+		return "Email must be in ASCII: the mail server here takes no other"
+	}
+	return emailFault(email)
 }
 
 //go:embed common-passwords.txt

@@ -1,13 +1,14 @@
-// Latchkey is an auth server: signup, login, refresh with rotation, logout, sessions and password
-// change over HTTP. Users live in PostgreSQL and sessions in Redis. The server itself keeps
-// nothing, so any number of replicas serve side by side.
+// Latchkey is an auth server: signup, login, refresh with rotation, logout, sessions, passwords and
+// links by mail over HTTP. Users live in PostgreSQL and sessions in Redis. The server itself keeps
+// nothing but mails that it is about to send, so any number of replicas serve side by side.
 //
 //	main.go        run, serve, wiring, routes, configuration
 //	middleware.go  what every request passes; errors become responses here and nowhere else; metrics
 //	auth.go        the handlers under /auth, one after the other; passwords
 //	jwt.go         signing and verifying HS256 tokens: pure functions
 //	store.go       users in PostgreSQL, sessions in Redis (session.lua), migrations (schema.sql)
-//	ratelimit.go   limits on requests and on failed logins, counted in Redis (ratelimit.lua)
+//	ratelimit.go   limits on requests, failed logins and mails, counted in Redis (ratelimit.lua)
+//	mail.go        links by mail: their tokens, the texts (mail.tmpl), the queue, SMTP
 //
 // # A request
 //
@@ -35,6 +36,17 @@
 // the exclusive lock on that row, so it leaves no session of the old password. If the hash changes
 // in another way, for example by plain SQL, a session ends at its next refresh.
 //
+// # A link by mail
+//
+// A link carries a signed statement: for which user and address it is, what it may be used for, and
+// until when. Nothing is stored. A link that resets a password or changes an address is also bound
+// to a digest of the user's password hash and address. Using it changes these, so it works once. No
+// link opens a session.
+//
+// Mails wait in a bounded queue in memory. POST /auth/password/forgot only adds the address to that
+// queue, and the worker behind it looks for the user. So the answer is the same, in the same time,
+// for any address.
+//
 // # Words
 //
 //	shown     the refresh token in the request's cookie
@@ -49,7 +61,7 @@
 // # What is defended against
 //
 //	guessing        bcrypt; limits per account, per address, and per pair; no common passwords
-//	enumeration     login gives unknown and known emails the same answer in the same time
+//	enumeration     login and forgot answer unknown and known emails alike, in the same time
 //	stolen refresh  rotation and reuse detection; a cookie that is HttpOnly and SameSite
 //	forged tokens   one algorithm, one header, one spelling; the signature is checked first
 //	CSRF            SameSite; Origin and Sec-Fetch-Site are checked
@@ -57,7 +69,7 @@
 //	outages         a store that does not answer means 503, never a request let through unchecked
 //
 // A stolen access token works until it expires or its session ends. Whoever controls the stores
-// controls the sessions.
+// controls the sessions, and whoever reads a user's mail controls the account.
 package main
 
 import (
@@ -72,7 +84,9 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"net/mail"
 	"net/netip"
+	"net/url"
 	"os"
 	"os/signal"
 	"regexp"
@@ -250,6 +264,23 @@ const (
 	redisRedirects = -1
 	redisDials     = 1
 
+	// mailQueue bounds how many mails may wait for their text, and apart from them how many for the
+	// mail server. Each takes about 10 KB. It is more than a healthy mail server ever lets wait.
+	mailQueue = 1000
+
+	// mailSenders is how many mails are sent at the same time.
+	mailSenders = 2
+
+	// mailTimeout bounds one try to send a mail. Some mail servers let a client wait for 20 s
+	// before they greet it.
+	mailTimeout = 30 * time.Second
+
+	// mailFirstPause and mailSecondPause are the times from one of the three tries to the next. The
+	// first is short, because a user waits for the mail. After both a mail server accepts us that
+	// turns away unknown clients for the first five minutes.
+	mailFirstPause  = 5 * time.Second
+	mailSecondPause = 5 * time.Minute
+
 	// hashWait is the longest wait for a hashing slot. A user would hardly wait longer.
 	hashWait = 2 * time.Second
 
@@ -342,6 +373,7 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		return err
 	}
 
+	go app.mails.check()
 	failed := make(chan error, 2)
 	server := newServer(app.handler, log)
 	defer server.Close()
@@ -369,16 +401,18 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	app.draining.Store(true)
 	// Everything is still served. Meanwhile proxies see /readyz fail, and send no more requests.
 	time.Sleep(cfg.shutdownDelay)
-	return shutDown(server, listener, cfg.shutdownTimeout)
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout)
+	defer cancel()
+	err = shutDown(ending, server, listener)
+	app.mails.drain(ending)
+	return err
 }
 
-// shutDown closes the listener, and waits until the requests in flight have been answered. After
-// the timeout it returns an error.
-func shutDown(server *http.Server, listener net.Listener, timeout time.Duration) error {
+// shutDown closes the listener, and waits until the requests in flight have been answered. It
+// returns an error if ctx ends before.
+func shutDown(ctx context.Context, server *http.Server, listener net.Listener) error {
 	_ = listener.Close()
 	time.Sleep(closePause)
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
 		return fmt.Errorf("requests cut off after SHUTDOWN_TIMEOUT: %v", err)
 	}
@@ -482,6 +516,7 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 type app struct {
 	handler  http.Handler
 	metrics  *metrics
+	mails    *mailer
 	draining *atomic.Bool // set when the process is about to stop
 }
 
@@ -500,13 +535,16 @@ func newApp(
 	if err != nil {
 		return nil, err
 	}
-	m := newMetrics(func() []sample { return readSamples(h, db, rdb) })
 	s := &store{
 		db:              db,
 		rdb:             rdb,
 		policy:          cfg.sessions,
 		postgresTimeout: postgresTimeout,
 	}
+	mails := newMailer(mailPartsOf(cfg, log, s, rdb))
+	m := newMetrics(func() []sample {
+		return append(readSamples(h, db, rdb), mailSamples(mails)...)
+	})
 	draining := &atomic.Bool{}
 	handlers := &auth{
 		store: s,
@@ -516,6 +554,8 @@ func newApp(
 			undoTimeout: undoTimeout,
 		},
 		hasher:       h,
+		mails:        mails,
+		links:        cfg.links,
 		metrics:      m,
 		log:          log,
 		access:       cfg.access,
@@ -524,21 +564,42 @@ func newApp(
 		secureCookie: !cfg.development,
 		sameSite:     cfg.sameSite,
 	}
-	requests := &requestLimiter{
-		window: fixedWindow{rdb, cfg.rateWindow},
-		max:    cfg.rateMax,
+	table := routes(handlers, s, draining)
+	if cfg.mail.isOn() {
+		table = append(table, mailRoutes(handlers)...)
 	}
-
-	mux := newMux(routes(handlers, s, draining), refuseCrossOrigin(cfg.origins))
+	mux := newMux(table, refuseCrossOrigin(cfg.origins))
 	pass := chain(
 		observe(log, m, cfg.trustedProxies, requestTimeout+2*hashTime(cfg.bcryptCost)),
 		closeWhenDraining(draining),
 		matchRoute(mux),
 		cors(cfg.origins),
-		rateLimit(requests, m),
+		rateLimit(&requestLimiter{fixedWindow{rdb, cfg.rateWindow}, cfg.rateMax}, m),
 		refuseUnknown,
 	)
-	return &app{handler: pass(mux), metrics: m, draining: draining}, nil
+	return &app{pass(mux), m, mails, draining}, nil
+}
+
+// mailPartsOf connects the parts of the mailer.
+func mailPartsOf(cfg config, log *slog.Logger, s *store, rdb redis.UniversalClient) mailParts {
+	return mailParts{
+		transport: cfg.mail.transport(log),
+		users:     s,
+		limiter: &mailLimiter{
+			window: fixedWindow{rdb, mailWindow},
+			max:    maxMails,
+		},
+		links: cfg.links,
+		texts: cfg.mail.texts,
+		site:  cfg.mail.site,
+		log:   log,
+		limits: mailLimits{
+			queue:   mailQueue,
+			senders: mailSenders,
+			timeout: mailTimeout,
+			pauses:  []time.Duration{mailFirstPause, mailSecondPause},
+		},
+	}
 }
 
 // route is one row of the table of routes.
@@ -548,7 +609,7 @@ type route struct {
 	handler handlerFunc
 }
 
-// routes returns every route of the server.
+// routes returns the routes that every server has.
 func routes(a *auth, s *store, draining *atomic.Bool) []route {
 	return []route{
 		{"POST", "/auth/signup", a.signup},
@@ -561,8 +622,20 @@ func routes(a *auth, s *store, draining *atomic.Bool) []route {
 		{"DELETE", "/auth/sessions", a.requireAuth(a.revokeSessions)},
 		{"DELETE", "/auth/sessions/{id}", a.requireAuth(a.revokeSession)},
 		{"PUT", "/auth/password", a.requireAuth(a.changePassword)},
+		{"POST", "/auth/password/reset", a.resetPassword},
 		{"GET", "/healthz", healthz},
 		{"GET", "/readyz", readyz(s, draining)},
+	}
+}
+
+// mailRoutes returns the routes of a server that sends mails. Links to reset a password can also
+// come from an operator, so their route is not among these.
+func mailRoutes(a *auth) []route {
+	return []route{
+		{"POST", "/auth/password/forgot", a.forgotPassword},
+		{"POST", "/auth/email/verification", a.requireAuth(a.sendVerification)},
+		{"POST", "/auth/email/verify", a.verifyEmail},
+		{"PUT", "/auth/email", a.requireAuth(a.changeEmail)},
 	}
 }
 
@@ -704,6 +777,19 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 	}
 }
 
+// mailSamples reads the counters of the mails.
+func mailSamples(mails *mailer) []sample {
+	var samples []sample
+	for _, outcome := range mailOutcomes {
+		samples = append(samples, sample{
+			series: fmt.Sprintf("latchkey_mail_total{outcome=%q}", outcome),
+			value:  float64(mails.outcomes[outcome].Load()),
+		})
+	}
+	samples[0].help = "Mails and tries to send them, by outcome."
+	return samples
+}
+
 // Configuration
 
 // config is the validated configuration.
@@ -725,6 +811,8 @@ type config struct {
 	sameSite        http.SameSite
 	trustedProxies  []netip.Prefix
 	bcryptCost      int
+	mail            mailConfig
+	links           links
 	metricsAddr     string // empty: no metrics
 	logLevel        slog.Level
 	shutdownDelay   time.Duration // how long /readyz says 503 while all is still served
@@ -840,6 +928,12 @@ func (e *environment) config() config {
 		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", "10s", time.Millisecond, time.Millisecond),
 	}
 	cfg.access, cfg.refresh = e.secrets()
+	cfg.mail = e.mail(cfg.origins)
+	cfg.links = links{
+		keys:      linkKeys(cfg.refresh),
+		resetURL:  e.page("PASSWORD_RESET_URL", "/reset-password", cfg.origins),
+		verifyURL: e.page("EMAIL_VERIFY_URL", "/verify-email", cfg.origins),
+	}
 	return cfg
 }
 
@@ -855,7 +949,7 @@ func (e *environment) database() *pgxpool.Config {
 		return nil
 	}
 	cfg, err := pgxpool.ParseConfig(value)
-	if err != nil || !isStoreURL(value, "postgres", "postgresql") {
+	if err != nil || !isServerURL(value, "postgres", "postgresql") {
 		e.fault("DATABASE_URL", "must be a PostgreSQL URL, "+
 			"postgres://user:password@host:port/database, with the password percent-encoded")
 		return nil
@@ -945,10 +1039,10 @@ func (c closingConn) SetDeadline(t time.Time) error {
 	return c.Conn.SetDeadline(t)
 }
 
-// isStoreURL reports whether a URL has one of the schemes, and no @ except one before its host. Any
-// other @ belongs to a password that should be escaped. Without this check, a part of that password
-// would be taken for a host or a database name, and would appear in errors.
-func isStoreURL(value string, schemes ...string) bool {
+// isServerURL reports whether a URL has one of the schemes, and no @ except one before its host.
+// Any other @ belongs to a password that should be escaped. Without this check, a part of that
+// password would be taken for a host or a database name, and would appear in errors.
+func isServerURL(value string, schemes ...string) bool {
 	scheme, rest, _ := strings.Cut(value, "://")
 	userinfo := rest[:max(0, strings.LastIndexByte(rest, '@'))]
 	return slices.Contains(schemes, scheme) && !strings.ContainsAny(userinfo, "@/?#")
@@ -977,7 +1071,7 @@ func (e *environment) redis() *redis.UniversalOptions {
 	}
 	cluster, clusterErr := redis.ParseClusterURL(value)
 	single, singleErr := redis.ParseURL(value)
-	isURL := isStoreURL(value, "redis", "rediss")
+	isURL := isServerURL(value, "redis", "rediss")
 	switch {
 	case isURL && clusterErr == nil && len(cluster.Addrs) > 1:
 		options.IsClusterMode = true
@@ -1024,6 +1118,132 @@ func (e *environment) origins() []string {
 		origins = append(origins, defaultPort.ReplaceAllString(origin, "$1$2"))
 	}
 	return origins
+}
+
+// mailConfig says how mails are sent. If there is no server they are logged in development, and
+// elsewhere there are none.
+type mailConfig struct {
+	server      *smtpServer
+	development bool
+	from        mail.Address
+	texts       mailTexts
+	site        string
+}
+
+// isOn reports whether there are mails.
+func (c mailConfig) isOn() bool {
+	return c.server != nil || c.development
+}
+
+// transport returns what sends the mails, or nil if there are none.
+func (c mailConfig) transport(log *slog.Logger) mailTransport {
+	switch {
+	case c.server != nil:
+		return &smtpTransport{server: *c.server, from: c.from}
+	case c.development:
+		return logTransport{log}
+	default:
+		return nil
+	}
+}
+
+// mail reads the variables about mails, except those about links.
+func (e *environment) mail(origins []string) mailConfig {
+	cfg := mailConfig{
+		server:      e.smtpServer(),
+		development: e.development,
+		from:        e.mailFrom(),
+		texts:       e.mailTexts(),
+	}
+	if len(origins) > 0 {
+		_, cfg.site, _ = strings.Cut(origins[0], "://")
+	}
+	return cfg
+}
+
+// smtpServer reads SMTP_URL. It returns nil if that is not set.
+func (e *environment) smtpServer() *smtpServer {
+	value := e.getenv("SMTP_URL")
+	if value == "" {
+		return nil
+	}
+	u, err := url.Parse(value)
+	if err != nil || !isServerURL(value, "smtp", "smtps") || !isBare(u) {
+		e.fault("SMTP_URL", "must be smtps://user:password@host:465, or smtp:// and port 587 for "+
+			"STARTTLS, with user and password percent-encoded")
+		return nil
+	}
+	server := &smtpServer{
+		host: u.Hostname(),
+		port: cmp.Or(u.Port(), "587"),
+		tls:  u.Scheme == "smtps",
+		user: u.User.Username(),
+	}
+	if server.tls {
+		server.port = cmp.Or(u.Port(), "465")
+	}
+	server.password, _ = u.User.Password()
+	return server
+}
+
+// isBare reports whether a URL has a host and, apart from a port and a user with a password,
+// nothing more.
+func isBare(u *url.URL) bool {
+	_, hasPassword := u.User.Password()
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), "1"), 10, 16)
+	return u.Hostname() != "" &&
+		err == nil && port > 0 &&
+		hasPassword == (u.User.Username() != "") &&
+		(u.Path == "" || u.Path == "/") &&
+		u.RawQuery == "" &&
+		u.Fragment == ""
+}
+
+// mailFrom reads MAIL_FROM.
+func (e *environment) mailFrom() mail.Address {
+	value := e.getenv("MAIL_FROM")
+	if value == "" && e.getenv("SMTP_URL") != "" {
+		e.fault("MAIL_FROM", "is required with SMTP_URL")
+	}
+	from, err := mail.ParseAddress(cmp.Or(value, "Latchkey <latchkey@localhost>"))
+	if err != nil || !isPlainAddress(from.Address) || !isASCII(from.Address) {
+		e.fault("MAIL_FROM", "must be an address such as Example <auth@example.com>, in ASCII")
+		return mail.Address{}
+	}
+	return *from
+}
+
+// mailTexts reads the file that MAIL_TEMPLATES names, or else mail.tmpl.
+func (e *environment) mailTexts() mailTexts {
+	text := mailTemplates
+	if name := e.getenv("MAIL_TEMPLATES"); name != "" {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			e.fault("MAIL_TEMPLATES", "the file cannot be read: %v", errors.Unwrap(err))
+			return mailTexts{}
+		}
+		text = string(data)
+	}
+	texts, err := parseMailTexts(text)
+	if err != nil {
+		e.fault("MAIL_TEMPLATES", "%v", err)
+	}
+	return texts
+}
+
+// page reads the URL of a page of the frontend. By default it is a path at the first origin.
+func (e *environment) page(name, path string, origins []string) string {
+	value := e.getenv(name)
+	if value == "" && len(origins) > 0 {
+		return origins[0] + path
+	}
+	u, err := url.Parse(value)
+	isPage := err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != ""
+	if value != "" && (!isPage || u.User != nil || strings.Contains(value, "#")) {
+		e.fault(name, "must be the URL of a page without #, such as https://app.example.com%s",
+			path)
+	}
+	return value
 }
 
 func (e *environment) sameSite() http.SameSite {

@@ -264,9 +264,14 @@ func (s *server) logged() string {
 // failedRequest matches the line of a request that was answered with a status from 500 on.
 var failedRequest = regexp.MustCompile(`level=ERROR msg=request .* status=(5\d\d) .* error=.`)
 
+// loggedMail matches the line of a mail that is logged instead of being sent. It has the only
+// address and the only link that may be in a log.
+var loggedMail = regexp.MustCompile(`(?m)^.* msg="mail is logged, .*\n`)
+
 // checkLog fails the test if the log has a secret, an error that the test has not provoked, or a
 // failed request without its cause. All tokens begin with eyJ.
 func (s *server) checkLog() {
+	logged := loggedMail.ReplaceAllString(s.logged(), "")
 	secrets := append(slices.Collect(maps.Values(testSecrets)), "eyJ", "@example.test", "hunter2")
 	for _, name := range []string{"DATABASE_URL", "REDIS_URL"} {
 		if u, err := url.Parse(os.Getenv(name)); err == nil {
@@ -275,8 +280,8 @@ func (s *server) checkLog() {
 		}
 	}
 	for _, secret := range secrets {
-		if len(secret) >= 3 && strings.Contains(s.logged(), secret) {
-			s.t.Errorf("the log has the secret %q:\n%s", secret, s.logged())
+		if len(secret) >= 3 && strings.Contains(logged, secret) {
+			s.t.Errorf("the log has the secret %q:\n%s", secret, logged)
 		}
 	}
 	for line := range strings.Lines(s.logged()) {
@@ -311,11 +316,14 @@ func newClient(s *server) *client {
 	}
 }
 
-// signedUp returns a user with an account and a session.
+// signedUp returns a user with an account and a session, whose mail is out of the way.
 func signedUp(s *server) *client {
 	s.t.Helper()
 	c := newClient(s)
 	want(c.t, c.signup(), 201, "")
+	eventually(c.t, "the mail is logged", func() bool {
+		return strings.Contains(s.logged(), "outcome=sent userId="+c.claims().UserID)
+	})
 	return c
 }
 
@@ -679,7 +687,16 @@ var variables = map[string]string{
 	"COOKIE_SAMESITE":             `|strict|lax|none -> no`,
 	"TRUSTED_PROXIES": `|10.0.0.0/8, fd00::/8|127.0.0.1/32 -> ` +
 		`10.0.0.1|10.0.0.0/33|proxy|10.0.0.0/8,x|::ffff:10.0.0.0/104`,
-	"BCRYPT_COST":      `12|16 -> 11|17|x`,
+	"BCRYPT_COST": `12|16 -> 11|17|x`,
+	"SMTP_URL": `|smtp://h|smtps://h|smtp://u:p@h:2525|smtps://u:top%40secret@h:1 -> ` +
+		`h|http://h|smtp:h|smtp://|smtp://:25|smtp://u@h|smtp://:top@h|smtp://h:x|smtp://h/x` +
+		`|smtp://h?x=1|smtp://h#x|smtp://u:top@secret@h|smtp://u:p@h:0|smtp://h:65536`,
+	"MAIL_FROM": `|a@b.example|Ädä <a@b.example>|"A, B" <a@b.example> -> ` +
+		`a|a@|<a@b.example|a@b.example, c@d.example|é@b.example|a@[127.0.0.1]|A`,
+	"PASSWORD_RESET_URL": `|https://a.example/reset|http://localhost:3000/?page=reset -> ` +
+		`/reset|a.example|ftp://a.example|https://a.example/#/reset|https://u:p@a.example/|//a`,
+	"EMAIL_VERIFY_URL": `|https://a.example/verify -> verify|javascript:alert(1)`,
+	"MAIL_TEMPLATES":   `|mail.tmpl -> no-such-file|.|main.go`,
 	"METRICS_ADDR":     `|:9090|127.0.0.1:0|[::1]:9090 -> 9090|host|:99999|localhost:x`,
 	"LOG_LEVEL":        `|debug|info|warn|error -> loud`,
 	"SHUTDOWN_DELAY":   `|0s|1ms|1m -> -1s|10`,
@@ -715,7 +732,11 @@ func TestEachVariable(t *testing.T) {
 
 // productionFaults returns what is wrong with a configuration for production with this variable.
 func productionFaults(name, value string) error {
-	env := testEnvironment(map[string]string{"NODE_ENV": "production", "BCRYPT_COST": ""})
+	env := testEnvironment(map[string]string{
+		"NODE_ENV":    "production",
+		"BCRYPT_COST": "",
+		"MAIL_FROM":   "auth@example.com",
+	})
 	env[name] = value
 	e := newEnvironment(lookup(env))
 	e.config()

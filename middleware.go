@@ -60,6 +60,7 @@ var errorResponses = []errorResponse{
 	{errInvalidJSON, 400, "invalid_json", "Request body is not a valid JSON object"},
 	{errValidation, 400, "validation_failed", "Validation failed"},
 	{errEmailExists, 400, "email_exists", "Email already exists"},
+	{errLinkInvalid, 400, "invalid_link", "Link is invalid or has expired"},
 	{errInvalidCredentials, 401, "invalid_credentials", "Invalid credentials"},
 	{errMissingToken, 401, "missing_token", "Authentication required"},
 	{errTokenExpired, 401, "token_expired", "Token has expired"},
@@ -80,6 +81,7 @@ var errorResponses = []errorResponse{
 	{errInternal, 500, "internal", "Internal server error"},
 	{errUnavailable, 503, "unavailable", "Service temporarily unavailable"},
 	{errOverloaded, 503, "overloaded", "Server is busy"},
+	{errMailQueueFull, 503, "overloaded", "Server is busy"},
 }
 
 // responseTo returns the response to err.

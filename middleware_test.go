@@ -43,6 +43,7 @@ func TestErrorResponses(t *testing.T) {
 		{errValidation, 400, "validation_failed"},
 		{validationError{"email": "Email is wrong"}, 400, "validation_failed"},
 		{errEmailExists, 400, "email_exists"},
+		{errLinkInvalid, 400, "invalid_link"},
 		{errInvalidCredentials, 401, "invalid_credentials"},
 		{errMissingToken, 401, "missing_token"},
 		{errTokenExpired, 401, "token_expired"},
@@ -66,6 +67,7 @@ func TestErrorResponses(t *testing.T) {
 		{errUnavailable, 503, "unavailable"},
 		{errStale, 503, "unavailable"},
 		{errOverloaded, 503, "overloaded"},
+		{errMailQueueFull, 503, "overloaded"},
 	} {
 		seen[test.code] = true
 		for _, err := range []error{test.err, fmt.Errorf("the cause: %w", test.err)} {

@@ -35,6 +35,13 @@ const (
 	// wideFactor times the limit for one account and one address is the limit for one account and
 	// all addresses, and also the limit for one address and all accounts.
 	wideFactor = 10
+
+	// maxMails is how many mails can be asked for at one address within mailWindow. It is more than
+	// a user needs who does not find them, and too few to be a nuisance.
+	maxMails = 5
+
+	// mailWindow is an hour, in seconds.
+	mailWindow = 3600
 )
 
 // limit is a counter with the number of events that it allows in a window.
@@ -192,11 +199,36 @@ func (l *loginLimiter) timeToUndo(ctx context.Context) (context.Context, context
 	return context.WithDeadline(context.WithoutCancel(ctx), deadline)
 }
 
-// accountKey names the counter of an account. It contains a hash of the email, so that Redis holds
-// no email address.
-func accountKey(email string) string {
+// forgivePair forgets the failures on an account from one address, without an attempt.
+func (l *loginLimiter) forgivePair(ctx context.Context, email string, ip netip.Addr) error {
+	if l.max == 0 {
+		return nil
+	}
+	return l.window.giveBack(ctx, refund{pairKey(email, ip), l.max})
+}
+
+// mailLimiter limits the mails to one address that somebody asks for.
+type mailLimiter struct {
+	window fixedWindow
+	max    int
+}
+
+// take counts a mail to an address, whether or not it has an account. It reports whether the mail
+// is allowed.
+func (l *mailLimiter) take(ctx context.Context, email string) (bool, error) {
+	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", l.max})
+	return left >= 0, err
+}
+
+// emailHash stands for an email in the name of a key, so that Redis holds no email address.
+func emailHash(email string) string {
 	sum := sha256.Sum256([]byte(email))
-	return "login-limit:{" + hex.EncodeToString(sum[:16]) + "}"
+	return hex.EncodeToString(sum[:16])
+}
+
+// accountKey names the counter of an account.
+func accountKey(email string) string {
+	return "login-limit:{" + emailHash(email) + "}"
 }
 
 // pairKey names the counter of an account and an address.

@@ -25,3 +25,11 @@ BEGIN
     END IF;
 END $$;
 CREATE UNIQUE INDEX users_email_lower_key ON users (lower(email COLLATE "C"));
+
+-- migration: 0003 verified emails and disabled users
+-- Both columns are null at first. A backend that does not know them goes on working beside.
+ALTER TABLE users
+    ADD COLUMN IF NOT EXISTS email_verified_at timestamptz,
+    ADD COLUMN IF NOT EXISTS disabled_at       timestamptz;
+-- Fails here, at the start, if the table had such a column of another type.
+SELECT email_verified_at < now(), disabled_at < now() FROM users LIMIT 0;

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -56,6 +57,8 @@ type user struct {
 	Email        string
 	PasswordHash string
 	CreatedAt    time.Time
+	UpdatedAt    time.Time // when the password or the email was changed last
+	Verified     bool      // the user has shown that the email is theirs
 }
 
 // device is the client that uses a session.
@@ -140,7 +143,7 @@ func (s *store) redisReady(ctx context.Context) error {
 // findUserByID returns the user with this id, or errNoUser.
 func (s *store) findUserByID(ctx context.Context, id string) (user, error) {
 	return s.findUser(ctx, `
-		SELECT id::text, email, password_hash, created_at
+		SELECT `+userColumns+`
 		FROM users
 		WHERE id = $1::uuid`, id)
 }
@@ -151,7 +154,7 @@ func (s *store) findUserByEmail(ctx context.Context, email string) (user, error)
 		return user{}, errNoUser // PostgreSQL does not accept NUL in a text
 	}
 	return s.findUser(ctx, `
-		SELECT id::text, email, password_hash, created_at
+		SELECT `+userColumns+`
 		FROM users
 		WHERE lower(email COLLATE "C") = $1`, email)
 }
@@ -166,10 +169,32 @@ func (s *store) findUser(ctx context.Context, query, key string) (user, error) {
 	return u, postgresError("find user", err)
 }
 
+// userColumns are what scanUser reads.
+const userColumns = `id::text, email, password_hash, created_at, updated_at,
+			email_verified_at IS NOT NULL`
+
 func scanUser(row pgx.Row) (user, error) {
 	var u user
-	err := row.Scan(&u.ID, &u.Email, &u.PasswordHash, &u.CreatedAt)
+	err := row.Scan(
+		&u.ID,
+		&u.Email,
+		&u.PasswordHash,
+		&u.CreatedAt,
+		&u.UpdatedAt,
+		&u.Verified,
+	)
 	return u, err
+}
+
+// normalizeEmail trims an email and lower-cases its ASCII letters, which is also all that
+// PostgreSQL lower-cases under the collation "C".
+func normalizeEmail(email string) string {
+	return strings.Map(func(r rune) rune {
+		if r <= unicode.MaxASCII {
+			return unicode.ToLower(r)
+		}
+		return r
+	}, strings.TrimSpace(email))
 }
 
 // newUser describes a user to be created. Its id is not left to PostgreSQL, because inUserTx needs
@@ -194,7 +219,7 @@ func (s *store) createUser(
 		u, err = scanUser(tx.QueryRow(ctx, `
 			INSERT INTO users (id, email, password_hash)
 			VALUES ($1::uuid, $2, $3)
-			RETURNING id::text, email, password_hash, created_at`,
+			RETURNING `+userColumns,
 			created.ID, created.Email, created.PasswordHash))
 		if isEmailTaken(err) {
 			return errEmailExists
@@ -287,6 +312,67 @@ func replaceHash(ctx context.Context, tx pgx.Tx, u user, hash string) error {
 		SET password_hash = $3, updated_at = now()
 		WHERE id = $1::uuid AND password_hash = $2`, u.ID, u.PasswordHash, hash)
 	return expectRow("update password hash", tag, err)
+}
+
+// resetPassword replaces the password hash of u and ends all sessions. If verifies is true, the
+// user has also shown that the email is theirs. It returns errStale if the user has another hash or
+// another email than u by now.
+func (s *store) resetPassword(ctx context.Context, u user, hash string, verifies bool) error {
+	return s.inUserTx(ctx, "reset password", u.ID, func(ctx context.Context, tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			UPDATE users
+			SET
+				password_hash = $4,
+				updated_at = now(),
+				email_verified_at = CASE
+					WHEN $5 THEN coalesce(email_verified_at, now())
+					ELSE email_verified_at
+				END
+			WHERE id = $1::uuid AND password_hash = $2 AND email = $3`,
+			u.ID, u.PasswordHash, u.Email, hash, verifies)
+		if err := expectRow("reset password", tag, err); err != nil {
+			return err
+		}
+		return s.revokeAll(ctx, u.ID, noSession)
+	})
+}
+
+// verifyEmail marks the email of u as verified. It returns errStale if the user has another email
+// by now.
+func (s *store) verifyEmail(ctx context.Context, u user) (user, error) {
+	return s.updateUser(ctx, "verify email", `
+		UPDATE users
+		SET email_verified_at = coalesce(email_verified_at, now())
+		WHERE id = $1::uuid AND email = $2
+		RETURNING `+userColumns, u.ID, u.Email)
+}
+
+// changeEmail replaces the email of u by one that the user has shown to be theirs. It returns
+// errEmailExists if another user has it, and errStale if the user has another hash or another email
+// than u by now.
+func (s *store) changeEmail(ctx context.Context, u user, email string) (user, error) {
+	return s.updateUser(ctx, "change email", `
+		UPDATE users
+		SET email = $4, email_verified_at = now(), updated_at = now()
+		WHERE id = $1::uuid AND email = $2 AND password_hash = $3
+		RETURNING `+userColumns, u.ID, u.Email, u.PasswordHash, email)
+}
+
+// updateUser executes a statement that changes one user and returns the new row.
+func (s *store) updateUser(ctx context.Context, operation, sql string, args ...any) (user, error) {
+	var u user
+	err := s.inTx(ctx, operation, func(ctx context.Context, tx pgx.Tx) error {
+		var err error
+		u, err = scanUser(tx.QueryRow(ctx, sql, args...))
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			return errStale
+		case isEmailTaken(err):
+			return errEmailExists
+		}
+		return postgresError(operation, err)
+	})
+	return u, err
 }
 
 // deleteUser deletes u and ends all sessions, including the caller's. It returns errStale if the
@@ -599,6 +685,9 @@ func (s *store) revoke(ctx context.Context, userID, sessionID string) error {
 	}
 	return nil
 }
+
+// noSession is the id of no session.
+const noSession = ""
 
 // revokeAll ends all sessions of the user, including the caller's.
 func (s *store) revokeAll(ctx context.Context, userID, caller string) error {

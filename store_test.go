@@ -40,7 +40,7 @@ func TestMigrateCommand(t *testing.T) {
 	applied := migrate("status")
 	migrate()
 	again := migrate("status")
-	if strings.Count(before, " pending ") != 2 || strings.Count(applied, "Z ") != 2 ||
+	if strings.Count(before, " pending ") != 3 || strings.Count(applied, "Z ") != 3 ||
 		again != applied {
 		t.Errorf("the status was\n%s\nthen\n%s\nand again\n%s", before, applied, again)
 	}

@@ -14,6 +14,7 @@
        REVOKE=s     somebody revokes session s, or all sessions
        CHANGE       session 0 changes the password; CHANGE_1: session 1 does, too
        REHASH       the hash of the password is replaced by one of another cost
+       RESET        a mailed link resets the password; RESET_1: another link does, too
        DELETE       the user deletes the account
        SQL          an operator replaces the hash, or deletes the row, by plain SQL
        CLOCK=n      n times, at any moment, the leeway of all exchanged tokens runs out
@@ -58,6 +59,8 @@
 #define OPERATOR 3              /* of plain SQL */
 #define REHASHED 4              /* of the old password, at another cost */
 #define NO_ROW   5              /* there is no such user */
+#define MAILED   6              /* of a reset by a mailed link */
+#define MAILED_1 7              /* of the reset by another link */
 #define password(h) (h == REHASHED -> OLD : h)
 
 
@@ -129,6 +132,7 @@ Session session[SESSIONS];
 byte replaced = 0;              /* set: the row has another one now, whoever changed it */
 byte cut_off = 0;               /* set: those of them that the server replaced */
 byte committed = 1 << OLD;      /* set of hashes: the row has or had them */
+byte link_used = 0;             /* set of hashes: a link that was made for one has reset it */
 bool forgot = false;            /* Redis lost a blacklist */
 
 
@@ -140,8 +144,8 @@ bool forgot = false;            /* Redis lost a blacklist */
 /* The current token is the end of the session's one chain. */
 #define one_chain(s)     (!session[s].alive || session[s].token == session[s].last)
 
-/* From the commit of a password change or a deletion on, no session of the old password lives.
-   A session whose tokens nobody was given does not count. */
+/* From the commit of a password change, a reset or a deletion on, no session of the old password
+   lives. A session whose tokens nobody was given does not count. */
 #define cut_off_at_once(s) (!session[s].alive || session[s].known == 0 \
 				|| !has(cut_off, session[s].opened_with))
 
@@ -481,6 +485,49 @@ done:
 	skip
 }
 
+#define lives(s) (session[s].alive && session[s].known != 0)
+
+inline commit_reset() {
+	assert(hash == checked);
+	assert(!has(link_used, linked));        /* of the links to one password, one works */
+	assert(!lives(0) && !lives(1) && !lives(2));
+	add(link_used, linked);
+	add(replaced, password(hash));
+	cut_off = replaced;
+	add(committed, new);
+	hash = new;
+	exclusive = false
+}
+
+/* store.resetPassword, for whoever has a link. A link is bound to the hash that it was made for. */
+proctype Reset(byte new) {
+	byte i;
+	byte linked;
+	byte checked;
+	bool locked;
+
+	linked = hash;                          /* the mail */
+	checked = hash;                         /* and later the link; then bcrypt */
+	if
+	:: checked == NO_ROW || checked != linked -> goto done  /* 400 invalid_link */
+	:: else
+	fi;
+	lock_if_unchanged(checked, locked);
+	if
+	:: !locked -> goto done                 /* errStale: 400 invalid_link */
+	:: else
+	fi;
+	perhaps_lose_exclusive(locked);
+	d_step { revoke_all_but(NOBODY) }
+	if
+	:: locked -> d_step { commit_reset() }
+	:: locked -> exclusive = false
+	:: !locked
+	fi;
+done:
+	skip
+}
+
 inline commit_delete() {
 	assert(hash == checked);
 	hash = NO_ROW;
@@ -581,6 +628,12 @@ init {
 #endif
 #ifdef REHASH
 		run Rehash();
+#endif
+#ifdef RESET
+		run Reset(MAILED);
+#endif
+#ifdef RESET_1
+		run Reset(MAILED_1);
 #endif
 #ifdef DELETE
 		run Delete();

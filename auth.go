@@ -465,6 +465,7 @@ func (a *auth) resetPassword(w http.ResponseWriter, r *http.Request) error {
 	// Whoever forgot a password has often tried several, and should not have to wait now.
 	forgiveErr := a.logins.forgivePair(r.Context(), normalizeEmail(u.Email), infoOf(r).ip)
 	a.warn(r, "failed logins not forgiven", forgiveErr)
+	u.Verified = u.Verified || mailed
 	_ = a.sendMail(r, mailPasswordChanged, u, u.Email)
 	return writeJSON(w, http.StatusOK, message{"Password changed"})
 }
@@ -530,7 +531,7 @@ func (a *auth) verifyEmail(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	before := u.Email
+	before := u
 	switch {
 	case u.Verified && u.Email == opened.Email:
 		// The link was opened before.
@@ -544,8 +545,8 @@ func (a *auth) verifyEmail(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return usedIfStale(err)
 	}
-	if u.Email != before {
-		_ = a.sendMail(r, mailEmailChanged, u, before)
+	if u.Email != before.Email {
+		_ = a.sendMail(r, mailEmailChanged, before, before.Email)
 	}
 	return writeJSON(w, http.StatusOK, verifyAnswer{
 		Message: "Email verified",

@@ -175,8 +175,8 @@ var mailKinds = []mailKind{
 	mailReset, mailVerify, mailChange, mailPasswordChanged, mailEmailChanged,
 }
 
-// linkPurposes has the purposes of the links in mails. These mails are the ones that anybody can
-// ask for, so they are limited. Notices have no link.
+// linkPurposes has the purposes of the links in mails. These mails are the ones that somebody has
+// asked for. Notices have no link.
 var linkPurposes = map[mailKind]linkPurpose{
 	mailReset:  linkReset,
 	mailVerify: linkVerify,
@@ -339,7 +339,7 @@ var mailOutcomes = []mailOutcome{mailSent, mailRetried, mailFailed, mailLimited,
 type mailRequest struct {
 	RequestID string
 	Kind      mailKind
-	User      user   // not known yet for mailReset
+	User      user   // as it was when it had Address; not known yet for mailReset
 	Address   string // where the mail goes; for mailReset the address that somebody has typed
 }
 
@@ -494,15 +494,8 @@ func (m *mailer) write(ctx context.Context, req *mailRequest) (letter, error) {
 		req.User = u
 		to = u.Email // as it was signed up, not as somebody has typed it
 	}
-	purpose, asked := linkPurposes[req.Kind]
-	if asked {
-		allowed, err := m.limiter.take(ctx, normalizeEmail(req.Address))
-		if err != nil {
-			return letter{}, redisError("mail limit", err)
-		}
-		if !allowed {
-			return letter{}, errMailLimited
-		}
+	if err := m.limit(ctx, req); err != nil {
+		return letter{}, err
 	}
 	if req.User.ID == "" {
 		return letter{}, errNoUser
@@ -517,7 +510,7 @@ func (m *mailer) write(ctx context.Context, req *mailRequest) (letter, error) {
 		Site:  m.site,
 		Email: to,
 	}
-	if asked {
+	if purpose, asked := linkPurposes[req.Kind]; asked {
 		values.Link = m.links.url(purpose, req.User, to, now)
 		values.Lifetime = lifetimeText(purpose.lifetime())
 	}
@@ -535,6 +528,28 @@ func (m *mailer) write(ctx context.Context, req *mailRequest) (letter, error) {
 		Body:      body,
 		Link:      values.Link,
 	}, nil
+}
+
+// limit counts the mail that req asks for. It returns errMailLimited if that is one too many.
+// Notices to a verified address are not limited. If the address is not verified, its owner may not
+// know the account, whose password a stranger could change again and again.
+func (m *mailer) limit(ctx context.Context, req *mailRequest) error {
+	_, asked := linkPurposes[req.Kind]
+	allowed := true
+	var err error
+	switch {
+	case asked:
+		allowed, err = m.limiter.take(ctx, normalizeEmail(req.Address))
+	case !req.User.Verified:
+		allowed, err = m.limiter.takeNotice(ctx, normalizeEmail(req.Address))
+	}
+	if err != nil {
+		return redisError("mail limit", err)
+	}
+	if !allowed {
+		return errMailLimited
+	}
+	return nil
 }
 
 // try calls do when it is the request's turn. If do fails, and might not fail later, try calls it

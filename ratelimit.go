@@ -40,6 +40,9 @@ const (
 	// a user needs who does not find them, and too few to be a nuisance.
 	maxMails = 5
 
+	// noticeFactor times that is the limit for all mails to an address that is not verified.
+	noticeFactor = 2
+
 	// mailWindow is an hour, in seconds.
 	mailWindow = 3600
 )
@@ -216,7 +219,17 @@ type mailLimiter struct {
 // take counts a mail to an address, whether or not it has an account. It reports whether the mail
 // is allowed.
 func (l *mailLimiter) take(ctx context.Context, email string) (bool, error) {
-	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", l.max})
+	return l.takeUpTo(ctx, email, l.max)
+}
+
+// takeNotice counts a mail that nobody has asked for. It is still allowed if the limit for the
+// others is used up.
+func (l *mailLimiter) takeNotice(ctx context.Context, email string) (bool, error) {
+	return l.takeUpTo(ctx, email, noticeFactor*l.max)
+}
+
+func (l *mailLimiter) takeUpTo(ctx context.Context, email string, max int) (bool, error) {
+	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", max})
 	return left >= 0, err
 }
 

@@ -2,6 +2,7 @@ package contract
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -12,9 +13,20 @@ const bodyLimit = 102_400
 var tooLong = strings.Repeat("x", bodyLimit+1)
 
 // bodyRoutes are the routes where a body is due.
-var bodyRoutes = []string{
-	"POST /auth/signup", "POST /auth/login", "PUT /auth/password", "DELETE /auth/me",
+func (s *server) bodyRoutes() []string {
+	return slices.DeleteFunc(s.routes(), func(route string) bool {
+		return !slices.Contains(publicRoutes, route) && !slices.Contains(passwordRoutes, route)
+	})
 }
+
+// publicRoutes take a body from anybody, passwordRoutes take one with the password of the caller.
+var (
+	publicRoutes = []string{
+		"POST /auth/signup", "POST /auth/login", "POST /auth/password/forgot",
+		"POST /auth/password/reset", "POST /auth/email/verify",
+	}
+	passwordRoutes = []string{"PUT /auth/password", "DELETE /auth/me", "PUT /auth/email"}
+)
 
 // posted sends this text as the body of a login.
 func (s *server) posted(body string) *answer { return s.send(post("/auth/login").text(body)) }
@@ -94,7 +106,7 @@ var bodyPromises = []promise{
 			s.send(r).shouldBe(code, "declared")
 			s.send(r.chunks()).shouldBe(code, "chunked")
 		}
-		for _, route := range bodyRoutes {
+		for _, route := range s.bodyRoutes() {
 			c.send(to(route).text(tooLong)).refused("body_too_large")
 			c.send(to(route).text(tooLong).chunks()).refused("body_too_large")
 		}
@@ -118,19 +130,20 @@ var bodyPromises = []promise{
 		} {
 			s.send(login.typed(bad)).shouldBe("unsupported_media_type", bad)
 		}
-		for _, route := range bodyRoutes {
+		for _, route := range s.bodyRoutes() {
 			c.send(to(route).text("{}").typed("text/plain")).refused("unsupported_media_type")
 		}
 	}},
 	{"no body at all is 415 where one is due, 400 if the type is there", aURL, func(s *server) {
 		c := s.signup()
-		for _, route := range bodyRoutes {
+		for _, route := range s.bodyRoutes() {
 			c.send(to(route)).refused("unsupported_media_type")
 			c.send(to(route).typed("application/json")).refused("invalid_json")
 		}
 	}},
 	{"request_timeout is 408 for a body that does not arrive, within 5 s", aURL, func(s *server) {
 		c := s.signup()
+		bodyRoutes := s.bodyRoutes()
 		for _, a := range together(len(bodyRoutes), func(i int) *answer {
 			return c.send(to(bodyRoutes[i]).text(`{"email":`).stalls())
 		}) {
@@ -139,11 +152,14 @@ var bodyPromises = []promise{
 			s.expect(a.Close, "%s: the connection stays open", a)
 		}
 	}},
-	{"refresh and logout read no body and ask for no type", aURL, func(s *server) {
+	{"refresh, logout and verification read no body and ask for no type", aURL, func(s *server) {
 		c := s.signup()
 		for _, kind := range []string{"application/json", "text/plain"} {
 			refresh := post("/auth/refresh").cookie(c.refresh)
 			c.take(s.send(refresh.text("{{ no JSON").typed(kind)).ok())
+		}
+		if slices.Contains(s.routes(), "POST /auth/email/verification") {
+			c.send(post("/auth/email/verification").text("{{ no JSON").typed("text/plain")).ok()
 		}
 		c.send(post("/auth/logout").text("{{ no JSON").typed("text/plain")).ok()
 	}},

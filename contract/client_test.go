@@ -191,6 +191,18 @@ func changeOf(current, next string) request {
 
 func deletionOf(password string) request { return del("/auth/me").members("password", password) }
 
+func forgotOf(email string) request { return post("/auth/password/forgot").members("email", email) }
+
+func resetOf(token, password string) request {
+	return post("/auth/password/reset").members("token", token, "newPassword", password)
+}
+
+func verifyOf(token string) request { return post("/auth/email/verify").members("token", token) }
+
+func moveOf(email, password string) request {
+	return put("/auth/email").members("newEmail", email, "password", password)
+}
+
 // A client is a user at a device, with what that device holds of one session.
 type client struct {
 	s        *server
@@ -292,6 +304,32 @@ func (c *client) changePassword(current, next string) *answer {
 }
 
 func (c *client) deleteAccount(password string) *answer { return c.send(deletionOf(password)) }
+
+// verification asks for another message that verifies the address.
+func (c *client) verification() *answer { return c.send(post("/auth/email/verification")) }
+
+// move asks for another address.
+func (c *client) move(email, password string) *answer { return c.send(moveOf(email, password)) }
+
+// resetToken is that of a link for a forgotten password, which the user asks for.
+func (c *client) resetToken() string {
+	c.elsewhere().send(forgotOf(c.email)).want(202)
+	return c.s.mailTo(c.email, toReset).token()
+}
+
+// verifyToken is that of the link that came at signup.
+func (c *client) verifyToken() string { return c.s.mailTo(c.email, toVerify).token() }
+
+// moveToken is that of a link that confirms another address, which the user asks for.
+func (c *client) moveToken(email string) string {
+	c.elsewhere().move(email, c.password).want(202)
+	return c.s.mailTo(email, toChange).token()
+}
+
+// row is all that PostgreSQL has of the user.
+func (c *client) row() string {
+	return c.s.query("SELECT users::text FROM users WHERE id = $1", c.id)
+}
 
 // sid is the session's id.
 func (c *client) sid() string { return c.s.claims(c.access).text("sid") }

@@ -44,7 +44,10 @@ var configurationPromises = []promise{
 				"SESSION_MAX_TTL": "a month", "REFRESH_REUSE_LEEWAY": "x",
 				"REFRESH_REUSE_POLICY": "no", "COOKIE_SAMESITE": "maybe",
 				"TRUSTED_PROXIES": "everyone", "BCRYPT_COST": "11",
-				"METRICS_ADDR": "nowhere", "LOG_LEVEL": "loud", "SHUTDOWN_DELAY": "-1s",
+				"SMTP_URL": "imap://user:hunter2@h", "MAIL_FROM": "hunter2",
+				"PASSWORD_RESET_URL": "/reset", "EMAIL_VERIFY_URL": "https://h/#hunter2",
+				"MAIL_TEMPLATES": "/nowhere", "METRICS_ADDR": "nowhere",
+				"LOG_LEVEL": "loud", "SHUTDOWN_DELAY": "-1s",
 				"SHUTDOWN_TIMEOUT": "soon",
 			}
 			output := s.faulty(faults, slices.Collect(maps.Keys(faults))...)

@@ -42,7 +42,9 @@ var databasePromises = []promise{
 				concat_ws(' ', column_name, data_type, is_nullable), ', ' ORDER BY ordinal_position)
 				FROM information_schema.columns WHERE table_name = 'users'`)
 			s.expect(columns == "id uuid NO, email text NO, password_hash text NO, "+
-				"created_at timestamp with time zone NO, updated_at timestamp with time zone NO",
+				"created_at timestamp with time zone NO, updated_at timestamp with time zone NO, "+
+				"email_verified_at timestamp with time zone YES, "+
+				"disabled_at timestamp with time zone YES",
 				"the columns are %s", columns)
 			names := s.query(`SELECT string_agg(table_name, ' ' ORDER BY table_name)
 				FROM information_schema.tables WHERE table_schema = 'public'`)

@@ -37,6 +37,7 @@ var keyForms = map[*regexp.Regexp]string{
 	regexp.MustCompile(`^login-limit:\{[0-9A-Za-z_=-]{20,}\}$`):          "",
 	regexp.MustCompile(`^login-limit:\{[0-9A-Za-z_=-]+\}:[0-9a-f.:/]+$`): "",
 	regexp.MustCompile(`^login-limit:\{[0-9a-f:]*[.:][0-9a-f.:/]+\}$`):   "",
+	regexp.MustCompile(`^mail-limit:\{[0-9A-Za-z_=-]{20,}\}$`):           "",
 }
 
 var keyPromises = []promise{

@@ -20,6 +20,7 @@ var metricFamilies = map[string]string{
 	"latchkey_hashing_slots_in_use":          "gauge",
 	"latchkey_hashing_waiting":               "gauge",
 	"latchkey_hashing_refused_total":         "counter",
+	"latchkey_mail_total":                    "counter",
 	"latchkey_postgres_connections":          "gauge",
 	"latchkey_redis_connections":             "gauge",
 	"go_goroutines":                          "gauge",

@@ -208,27 +208,40 @@ func race(s *server, attempt func(c *client) *answer, ways ...string) {
 		for range rounds {
 			c := s.signup()
 			other := c.login()
-			answers := together(4, func(i int) *answer {
-				if i == 0 {
-					return revocations[way](c, other.on(servers[1]))
-				}
-				return attempt(c.elsewhere().on(servers[i%2]))
+			won += c.against(servers, attempt, func(on *server) *answer {
+				return revocations[way](c, other.on(on))
 			})
-			answers[0].ok()
-			c.gone()
-			for _, a := range answers[1:] {
-				if a.status() != 200 {
-					a.want(401)
-					continue
-				}
-				won++
-				late := c.elsewhere().on(servers[1])
-				late.take(a)
-				late.gone()
-			}
 		}
 		s.Logf("%s: it came too late in %d of %d rounds", way, won, rounds)
 	}
+}
+
+// against lets four things that would give tokens to a client run beside what ends its sessions,
+// at two servers, and asserts that no such token is good afterwards. It returns how many came.
+func (c *client) against(
+	servers []*server,
+	attempt func(c *client) *answer,
+	end func(on *server) *answer,
+) (won int) {
+	answers := together(4, func(i int) *answer {
+		if i == 0 {
+			return end(servers[1])
+		}
+		return attempt(c.elsewhere().on(servers[i%2]))
+	})
+	answers[0].ok()
+	c.gone()
+	for _, a := range answers[1:] {
+		if a.status() != 200 {
+			a.want(401)
+			continue
+		}
+		won++
+		late := c.elsewhere().on(servers[1])
+		late.take(a)
+		late.gone()
+	}
+	return won
 }
 
 func twoChanges(s *server) {

@@ -72,9 +72,10 @@ var defaults = env{
 type server struct {
 	*testing.T // the test that asks it
 	URL        string
-	env        env     // its configuration; conf adds the defaults
-	stores     *stores // nil where they cannot be reached from here
-	lab        *lab    // nil for a peer, beside which no other server can be started
+	env        env         // its configuration; conf adds the defaults
+	stores     *stores     // nil where they cannot be reached from here
+	lab        *lab        // nil for a peer, beside which no other server can be started
+	mails      *mailServer // where its mails arrive; nil for a peer
 	http       *http.Client
 	logFile    string // of standard output
 	process    *exec.Cmd
@@ -108,7 +109,7 @@ func (s *server) Fatalf(format string, args ...any) {
 
 var (
 	testLine   = regexp.MustCompile(`[a-z]+_test\.go:\d+`)
-	helperLine = regexp.MustCompile(`^(answer|client|server|stores|openapi)_`)
+	helperLine = regexp.MustCompile(`^(answer|client|server|stores|openapi|mailserver|message)_`)
 )
 
 // failedLine is the innermost line of the call stack that is in no file of helpers.
@@ -185,7 +186,7 @@ func newLab(t *testing.T) *server {
 		}
 	}
 	l.stores = newStores(t)
-	return &server{T: t, lab: l}
+	return &server{T: t, lab: l, mails: sharedMailServer()}
 }
 
 // labSecrets are those of all servers of a run, so that any two of them are replicas.
@@ -206,6 +207,8 @@ func (st *stores) environment(more env) env {
 		"REDIS_URL":        st.redisURL,
 		"FRONTEND_URL":     frontend,
 		"TRUSTED_PROXIES":  "127.0.0.0/8",
+		"SMTP_URL":         sharedMailServer().url("smtp", "127.0.0.1"),
+		"MAIL_FROM":        mailSender,
 		"SHUTDOWN_DELAY":   "0s", // not 5 s for each server in production
 		"SHUTDOWN_TIMEOUT": "2s",
 	}.with(labSecrets).with(more)
@@ -258,6 +261,7 @@ func (s *server) startOn(st *stores, more env) *server {
 		env:     e,
 		stores:  st,
 		lab:     s.lab,
+		mails:   s.mails,
 		http:    newHTTPClient(),
 		logFile: file.Name(),
 		process: s.lab.command(context.Background(), e),

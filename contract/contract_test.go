@@ -57,6 +57,7 @@ var contract = []struct {
 	{"Rate limit", rateLimitPromises},
 	{"Login limit", loginLimitPromises},
 	{"Browser rules", browserPromises},
+	{"Links by mail", linkPromises},
 	{"Configuration", configurationPromises},
 	{"Database", databasePromises},
 	{"Log", logPromises},

@@ -58,6 +58,7 @@ var contract = []struct {
 	{"Login limit", loginLimitPromises},
 	{"Browser rules", browserPromises},
 	{"Links by mail", linkPromises},
+	{"SMTP", smtpPromises},
 	{"Configuration", configurationPromises},
 	{"Database", databasePromises},
 	{"Log", logPromises},

@@ -58,6 +58,7 @@ var contract = []struct {
 	{"Login limit", loginLimitPromises},
 	{"Browser rules", browserPromises},
 	{"Links by mail", linkPromises},
+	{"Mail", mailPromises},
 	{"SMTP", smtpPromises},
 	{"Configuration", configurationPromises},
 	{"Database", databasePromises},

@@ -37,8 +37,7 @@ func BenchmarkRefreshWhileHashing(b *testing.B) {
 				want(b, r, 200, "")
 				took = append(took, r.took)
 			}
-			slices.Sort(took)
-			b.ReportMetric(took[len(took)/2].Seconds()*1000, "p50-ms")
+			b.ReportMetric(median(took), "p50-ms")
 			b.ReportMetric(took[len(took)*99/100].Seconds()*1000, "p99-ms")
 		})
 	}
@@ -64,4 +63,33 @@ func flood(s *server, clients int) (stop func()) {
 		stopped.Store(true)
 		done.Wait()
 	}
+}
+
+// BenchmarkForgot asks for resets for an address with an account, which is sent a mail, and for one
+// without, in turns. It reports how long each takes in the middle, and the ratio of the two.
+func BenchmarkForgot(b *testing.B) {
+	s := start(b, nil)
+	var known, unknown []time.Duration
+	for i := 0; b.Loop(); i++ {
+		user, stranger := signedUp(s), newClient(s)
+		turns := []*client{user, stranger, stranger, user}
+		for _, c := range turns[2*(i%2):][:2] { // neither is always the first
+			r := c.do("POST", "/auth/password/forgot", object{"email": c.email})
+			want(b, r, 202, "")
+			if c == user {
+				known = append(known, r.took)
+			} else {
+				unknown = append(unknown, r.took)
+			}
+		}
+	}
+	b.ReportMetric(median(known), "known-ms")
+	b.ReportMetric(median(unknown), "unknown-ms")
+	b.ReportMetric(median(known)/median(unknown), "known/unknown")
+}
+
+// median returns the median in milliseconds. It sorts the times.
+func median(took []time.Duration) float64 {
+	slices.Sort(took)
+	return took[len(took)/2].Seconds() * 1000
 }

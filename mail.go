@@ -267,7 +267,9 @@ func (l letter) encode(from mail.Address) []byte {
 	to := mail.Address{Address: l.To}
 	var b bytes.Buffer
 	header := func(name, value string) {
-		fmt.Fprintf(&b, "%s: %s\r\n", name, value)
+		// A line has at most 76 characters if a part of it is encoded (RFC 2047 section 2).
+		folded := strings.ReplaceAll(value, "?= =?", "?=\r\n =?")
+		fmt.Fprintf(&b, "%s: %s\r\n", name, folded)
 	}
 	header("From", from.String())
 	header("To", to.String())

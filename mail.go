@@ -267,7 +267,7 @@ func (l letter) encode(from mail.Address) []byte {
 	to := mail.Address{Address: l.To}
 	var b bytes.Buffer
 	header := func(name, value string) {
-		// A line has at most 76 characters if a part of it is encoded (RFC 2047 section 2).
+		// Each encoded word has a line of its own, which must be short (RFC 2047 section 2).
 		folded := strings.ReplaceAll(value, "?= =?", "?=\r\n =?")
 		fmt.Fprintf(&b, "%s: %s\r\n", name, folded)
 	}

@@ -31,10 +31,22 @@ export class AuthError extends Error {
   }
 }
 
-/** The claims of a JWT. Only the server can verify them; here they only say who is logged in and for how long. */
-function claimsOf(token) {
-  const base64 = token.split('.')[1].replaceAll('-', '+').replaceAll('_', '/');
+/** The JSON in one part of a token. */
+function decode(part) {
+  const base64 = part.replaceAll('-', '+').replaceAll('_', '/');
   return JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(base64), (char) => char.charCodeAt(0))));
+}
+
+/** The claims of a JWT. Only the server can verify them; here they only say who is logged in and for how long. */
+const claimsOf = (token) => decode(token.split('.')[1]);
+
+/** The email address in the token of a link, to be shown to whoever opened it, or ''. Only the server can verify it. */
+export function emailOf(linkToken) {
+  try {
+    return decode(linkToken.split('.')[0]).email ?? '';
+  } catch {
+    return '';
+  }
 }
 
 /**
@@ -54,12 +66,12 @@ export function createAuth({ baseURL }) {
 
   /** Takes over a new access token, or null for logged out. */
   function adopt(next) {
-    const before = claims?.userId;
+    const before = claims;
     token = next;
     claims = next && claimsOf(next);
     // At nine tenths of its life, counted from now: the clocks of browser and server need not agree.
     due = claims ? Date.now() + (claims.exp - claims.iat) * 900 : 0;
-    if (claims?.userId === before) return;
+    if (claims?.userId === before?.userId && claims?.email === before?.email) return;
     listeners.forEach((listener) => queueMicrotask(() => listener(user()))); // what they throw is nobody else's
   }
 
@@ -164,13 +176,27 @@ export function createAuth({ baseURL }) {
     return user;
   });
 
+  /**
+   * Sends the token of a link from a mail. What it does may concern the user who is logged in here, or another one, and
+   * only the server knows: so a refresh follows, which tells all tabs that their session has ended, or their new address.
+   * The lock makes sure that no refresh is under way whose answer is from before.
+   */
+  async function follow(path, body) {
+    const answer = await locked(() => json(open, 'POST', path, body));
+    await refresh(token).catch(() => {}); // the link has worked, whatever comes of this
+    return answer;
+  }
+
   // A page that comes back from the history as it was left may have missed what the other tabs said.
   addEventListener('pageshow', ({ persisted }) => { if (persisted) refresh(token).catch(() => {}); });
 
   return {
     /** Who is logged in: `{id, email}`, or null. */
     get user() { return user(); },
-    /** Calls `listener(user)` whenever someone logs in or out, in this tab or another; returns what ends that. */
+    /**
+     * Calls `listener(user)` whenever someone logs in or out or has a new address, in this tab or another; returns what
+     * ends that.
+     */
     onchange(listener) {
       listeners.add(listener);
       return () => listeners.delete(listener);
@@ -209,5 +235,19 @@ export function createAuth({ baseURL }) {
       await call('DELETE', '/auth/me', { password });
       announce(null);
     },
+
+    // Links by mail. Each leads to a page of the frontend and has its token in the fragment: take the token out of the
+    // address at once, and send it after a click, since mail scanners open links too. No link logs anybody in.
+
+    /** Has a link mailed that sets a new password. It succeeds as well if the address has no account. */
+    forgotPassword: (email) => json(open, 'POST', '/auth/password/forgot', { email }),
+    /** Sets the password by such a link, which ends every session of the link's user; then log in with the new one. */
+    resetPassword: (linkToken, newPassword) => follow('/auth/password/reset', { token: linkToken, newPassword }),
+    /** Has the link that verifies the user's address mailed once more; `me` tells whether the address is verified. */
+    sendVerification: () => call('POST', '/auth/email/verification'),
+    /** Has a link mailed to a new address, which becomes the user's once that link has been verified. */
+    changeEmail: (newEmail, password) => call('PUT', '/auth/email', { newEmail, password }),
+    /** Verifies an address by the link that was mailed to it; resolves to its user, `{id, email, emailVerified}`. */
+    verifyEmail: async (linkToken) => (await follow('/auth/email/verify', { token: linkToken })).user,
   };
 }

@@ -4,12 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"mime/quotedprintable"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
+	"net/mail"
 	"net/url"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -25,6 +30,7 @@ import (
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/device"
+	"github.com/emersion/go-smtp"
 )
 
 // These tests are a user of examples/frontend in a real Chromium: the page comes from one origin
@@ -32,12 +38,17 @@ import (
 
 const (
 	ada      = "ada@example.com"
+	bob      = "bob@example.com"
 	password = "correct horse battery"
+	changed  = "staple of the house"
+
+	signupLink = `#view-login a[href="#signup"]`
 )
 
-// A site is a server behind a proxy, the page at three origins, and a browser.
+// A site is a server behind a proxy, its mails, the page at three origins, and a browser.
 type site struct {
 	t       *testing.T
+	mails   *mailbox
 	browser context.Context
 	api     string // the origin of the proxy
 	origin  string // an origin of the page, which FRONTEND_URL names
@@ -57,12 +68,17 @@ func newSite(t *testing.T, env vars) *site {
 	released := make(chan struct{})
 	s := &site{
 		t:       t,
+		mails:   newMailbox(t),
 		browser: chromium(t),
 		held:    make(chan struct{}, 10),
 		release: sync.OnceFunc(func() { close(released) }),
 	}
 	s.origin, s.twin, s.foreign = host(t, s.page()), host(t, s.page()), host(t, s.page())
-	server := serve(t, vars{"FRONTEND_URL": s.origin + "," + s.twin}.with(env))
+	server := serve(t, vars{
+		"FRONTEND_URL": s.origin + "," + s.twin,
+		"SMTP_URL":     s.mails.url,
+		"MAIL_FROM":    "Latchkey <latchkey@example.com>",
+	}.with(env))
 	target, err := url.Parse(server)
 	if err != nil {
 		t.Fatal(err)
@@ -91,19 +107,21 @@ func host(t *testing.T, handler http.Handler) (origin string) {
 	return strings.Replace(server.URL, "127.0.0.1", "localhost", 1)
 }
 
-// page is the page as it is, but for the address of the API, which index.html names.
+// page is the example as it is, but for the address of the API, which each index.html names.
 func (s *site) page() http.Handler {
 	const dir = "../examples/frontend"
 	mux := http.NewServeMux()
 	mux.Handle("GET /", http.FileServer(http.Dir(dir)))
-	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		index, err := os.ReadFile(dir + "/index.html")
-		if err != nil {
-			s.t.Error(err)
-		}
-		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		fmt.Fprint(w, strings.ReplaceAll(string(index), "http://localhost:3000", s.api))
-	})
+	for _, folder := range []string{"/", "/reset-password/", "/verify-email/"} {
+		mux.HandleFunc("GET "+folder+"{$}", func(w http.ResponseWriter, _ *http.Request) {
+			index, err := os.ReadFile(dir + folder + "index.html")
+			if err != nil {
+				s.t.Error(err)
+			}
+			w.Header().Set("Content-Type", "text/html; charset=utf-8")
+			fmt.Fprint(w, strings.ReplaceAll(string(index), "http://localhost:3000", s.api))
+		})
+	}
 	return mux
 }
 
@@ -123,6 +141,89 @@ func (s *site) heard(beginning string) (answers []string) {
 func (s *site) refreshes(status int) int {
 	return len(s.heard(fmt.Sprint("POST /auth/refresh ", status)))
 }
+
+// link waits for a mail to an address with a link to a page of the example, and returns the link.
+func (s *site) link(to, page string) string {
+	s.t.Helper()
+	return s.mails.take(to, regexp.QuoteMeta(s.origin+page+"#token=")+`\S+`)
+}
+
+// A mailbox is an SMTP server that keeps the mails that it gets until they are taken.
+type mailbox struct {
+	t     *testing.T
+	url   string
+	mu    sync.Mutex
+	mails []delivery
+}
+
+func newMailbox(t *testing.T) *mailbox {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mailbox{t: t, url: "smtp://" + listener.Addr().String()}
+	server := smtp.NewServer(smtp.BackendFunc(func(*smtp.Conn) (smtp.Session, error) {
+		return &delivery{box: m}, nil
+	}))
+	go server.Serve(listener)
+	t.Cleanup(func() { server.Close() })
+	return m
+}
+
+// take waits for a mail to an address whose text matches a pattern. It takes the mail out of the
+// box, and returns what matches.
+func (m *mailbox) take(to, pattern string) (match string) {
+	m.t.Helper()
+	eventually(m.t, 20*time.Second, "a mail to "+to+" with "+pattern, func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for i, mail := range m.mails {
+			match = regexp.MustCompile(pattern).FindString(mail.text)
+			if mail.to == to && match != "" {
+				m.mails = slices.Delete(m.mails, i, i+1)
+				return true
+			}
+		}
+		return false
+	})
+	return match
+}
+
+// A delivery is one mail on its way into a mailbox, or in it.
+type delivery struct {
+	box  *mailbox
+	to   string
+	text string
+}
+
+func (d *delivery) Mail(string, *smtp.MailOptions) error { return nil }
+
+func (d *delivery) Rcpt(to string, _ *smtp.RcptOptions) error {
+	d.to = to
+	return nil
+}
+
+func (d *delivery) Data(r io.Reader) error {
+	message, err := mail.ReadMessage(r)
+	if err != nil {
+		d.box.t.Error(err)
+		return err
+	}
+	text, err := io.ReadAll(quotedprintable.NewReader(message.Body))
+	if err != nil {
+		d.box.t.Error(err)
+		return err
+	}
+	d.box.mu.Lock()
+	defer d.box.mu.Unlock()
+	d.box.mails = append(d.box.mails, delivery{to: d.to, text: string(text)})
+	return nil
+}
+
+func (d *delivery) Reset() {}
+
+func (d *delivery) Logout() error { return nil }
 
 // chromium starts a browser with an empty profile.
 func chromium(t *testing.T) context.Context {
@@ -150,12 +251,12 @@ type tab struct {
 	ctx context.Context
 }
 
-// open opens the page at an origin in another tab.
-func (s *site) open(origin string, options ...chromedp.ContextOption) *tab {
+// open opens a page, for example by a link from a mail, in another tab.
+func (s *site) open(url string, options ...chromedp.ContextOption) *tab {
 	s.t.Helper()
 	x := &tab{site: s}
 	x.ctx, _ = chromedp.NewContext(s.browser, append(options, chromedp.WithListener(s.hear))...)
-	if err := chromedp.Do(x.ctx, chromedp.Navigate(origin)); err != nil {
+	if err := chromedp.Do(x.ctx, chromedp.Navigate(url)); err != nil {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() {
@@ -172,6 +273,18 @@ func (s *site) open(origin string, options ...chromedp.ContextOption) *tab {
 func (s *site) device() *tab {
 	s.t.Helper()
 	return s.open(s.origin, chromedp.WithNewBrowserContext())
+}
+
+// openLink opens a link from a mail in another tab. The token must leave the address bar at once.
+func (s *site) openLink(link string) *tab {
+	s.t.Helper()
+	x := s.open(link)
+	x.see("h1:focus", "")
+	page, _, _ := strings.Cut(link, "#")
+	if at := js[string](x, `location.href`); at != page+"/" {
+		s.t.Errorf("the link leads to %s", at)
+	}
+	return x
 }
 
 // hear reports what goes wrong in a page unseen.
@@ -262,7 +375,7 @@ func (x *tab) fill(fields ...string) {
 func (x *tab) signup(email string) {
 	x.t.Helper()
 	x.see("#view-login h1", "Log in")
-	x.click("#view-login .aside a")
+	x.click(signupLink)
 	x.fill("#signup-email", email, "#signup-password", password)
 	x.signedIn(email)
 }
@@ -331,7 +444,7 @@ func TestBrowserSession(t *testing.T) {
 	x.see("h1:focus", "Log in")
 	x.shot("login")
 
-	x.click("#view-login .aside a")
+	x.click(signupLink)
 	x.see("h1:focus", "Sign up")
 	x.fill("#signup-email", "no address", "#signup-password", "short")
 	for _, id := range []string{"signup-email", "signup-password"} {
@@ -373,7 +486,7 @@ func TestBrowserSession(t *testing.T) {
 	other.fill("#login-email", ada, "#login-password", "a wrong guess")
 	other.see("#login .problem", "Invalid")
 	other.shot("login-wrong")
-	other.click("#view-login .aside a")
+	other.click(signupLink)
 	other.fill("#signup-email", "ADA@example.com", "#signup-password", password)
 	other.see("#signup-email-error", "Email already exists")
 	other.shot("signup-taken")
@@ -498,7 +611,6 @@ func TestBrowserLeftPage(t *testing.T) {
 // While a page shows one user, another one logs in on a page with the same cookie.
 func TestBrowserOtherUser(t *testing.T) {
 	t.Parallel()
-	const bob = "bob@example.com"
 	s := newSite(t, vars{})
 	x := s.open(s.origin)
 	x.signup(ada)
@@ -602,7 +714,6 @@ func TestBrowserDevices(t *testing.T) {
 	phone.see("#status", "You have been logged out.")
 
 	phone.login(ada, password)
-	const changed = "staple of the house"
 	laptop.fill("#current-password", "a wrong guess", "#new-password", "short")
 	laptop.see("#new-password-error", "")
 	laptop.shot("password-errors")
@@ -622,6 +733,183 @@ func TestBrowserDevices(t *testing.T) {
 	laptop.fill("#delete-password", changed)
 	laptop.see("#status", "Your account is deleted.")
 	laptop.shot("deleted")
+}
+
+// A new address is verified by a link, which is opened in another tab.
+func TestBrowserVerification(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, vars{})
+	x := s.open(s.origin)
+	x.signup(ada)
+	x.see("#verification", "not verified yet")
+	first := s.link(ada, "/verify-email")
+	x.click("#verification button")
+	x.see("#status", "A mail is on its way.")
+	x.shot("verification-sent")
+
+	opened := s.openLink(s.link(ada, "/verify-email"))
+	opened.see("h1:focus", "Confirm your email")
+	opened.see("#address", ada)
+	opened.shot("verify")
+	// Opening the link has done nothing yet.
+	x.reload()
+	x.signedIn(ada)
+	x.see("#verification", "not verified yet")
+	if early := s.heard("POST /auth/email/verify"); len(early) > 0 {
+		t.Errorf("before the click: %q", early)
+	}
+
+	opened.click("#verify button")
+	opened.see("#view-done h1:focus", "Your email is verified")
+	opened.see("#verified", ada)
+	opened.shot("verified")
+	// The user comes back to the first tab. In a headless browser no tab ever loses the focus.
+	js[chromedp.Void](x, `dispatchEvent(new Event('focus'))`)
+	x.see("#status", "Your email is verified.")
+	x.until(`!document.querySelector('#verification').checkVisibility()`)
+	opened.click("#view-done a")
+	opened.signedIn(ada)
+	opened.until(`!document.querySelector('#verification').checkVisibility()`)
+
+	again := s.openLink(first) // which is still good
+	again.click("#verify button")
+	again.see("#verified", ada)
+}
+
+// A page for links is opened without a link, and then with one that is not genuine.
+func TestBrowserBadLinks(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, vars{})
+	x := s.open(s.origin + "/verify-email")
+	x.see("h1:focus", "Open the link again")
+	x.shot("verify-missing")
+	// As if it were typed into the address bar.
+	js[chromedp.Void](x, `location.hash = 'token=forged'`)
+	x.click("#verify button")
+	x.see("h1:focus", "This link does not work")
+	x.shot("verify-invalid")
+
+	x = s.openLink(s.origin + "/reset-password#token=forged")
+	x.fill("#reset-password", changed)
+	x.see("#forgot .problem", "This link does not work")
+}
+
+// A forgotten password is reset on a device where two tabs show the user's account.
+func TestBrowserReset(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, vars{})
+	x, twin, phone := s.open(s.origin), s.open(s.origin), s.device()
+	x.signup(ada)
+	twin.signedIn(ada)
+
+	phone.click(`#view-login a[href="reset-password/"]`)
+	phone.see("h1:focus", "Forgot your password?")
+	phone.fill("#forgot-email", "no address")
+	phone.see("#forgot-email-error", "")
+	for _, email := range []string{"nobody@example.com", ada} {
+		phone.fill("#forgot-email", email)
+		phone.see("#status", "If "+email+" has an account, a mail is on its way.")
+	}
+	phone.shot("forgot")
+
+	link := s.link(ada, "/reset-password")
+	opened := s.openLink(link)
+	opened.see("h1:focus", "Choose a new password")
+	opened.until(fmt.Sprintf(`document.querySelector('#reset-email').value === %q`, ada))
+	opened.shot("reset")
+	x.click("#refresh button")
+	x.see("#status", "The list is up to date.")
+	opened.fill("#reset-password", "short")
+	opened.see("#reset-password-error", "")
+	opened.shot("reset-errors")
+	if early := s.heard("POST /auth/password/reset 200"); len(early) > 0 {
+		t.Errorf("before the new password: %q", early)
+	}
+
+	opened.fill("#reset-password", changed)
+	opened.see("#view-done h1:focus", "Your password is changed")
+	opened.shot("reset-done")
+	for _, old := range []*tab{x, twin} {
+		old.see("#status", "You have been logged out.")
+	}
+	if x.cookie() != nil {
+		t.Error("the cookie outlives the reset")
+	}
+	s.mails.take(ada, "was changed just now")
+	opened.click("#done a")
+	opened.login(ada, changed)
+	x.signedIn(ada)
+
+	used := s.openLink(link)
+	used.fill("#reset-password", password)
+	used.see("#forgot .problem", "This link does not work")
+	used.shot("reset-used")
+	used.click("#forgot button") // for the address of the link
+	used.see("#status", "If "+ada+" has an account, a mail is on its way.")
+	if s.link(ada, "/reset-password") == link {
+		t.Error("the new link is the old one")
+	}
+	x.click("#refresh button")
+	x.see("#status", "The list is up to date.")
+}
+
+// A password is reset in a browser where somebody else is logged in.
+func TestBrowserResetOfAnother(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, vars{})
+	x, phone := s.open(s.origin), s.device()
+	x.signup(bob)
+	phone.signup(ada)
+	forgot := s.open(s.origin + "/reset-password")
+	forgot.fill("#forgot-email", ada)
+
+	opened := s.openLink(s.link(ada, "/reset-password"))
+	opened.fill("#reset-password", changed)
+	opened.see("#done-other", "logged in as "+bob)
+	opened.shot("reset-other")
+	phone.click("#refresh button")
+	phone.see("#status", "You have been logged out.")
+	x.click("#refresh button")
+	x.see("#status", "The list is up to date.")
+	opened.click("#done-other a")
+	opened.signedIn(bob)
+}
+
+func TestBrowserChangeEmail(t *testing.T) {
+	t.Parallel()
+	const grace = "grace@example.com"
+	s := newSite(t, vars{})
+	x := s.open(s.origin)
+	x.signup(ada)
+	x.fill("#new-email", "no address", "#email-password", password)
+	x.see("#new-email-error", "")
+	x.fill("#new-email", grace, "#email-password", "a wrong guess")
+	x.see("#email-password-error", "This is not your password")
+	x.shot("change-email-wrong")
+	x.fill("#new-email", grace, "#email-password", password)
+	x.see("#status", "A mail is on its way to "+grace)
+	x.shot("change-email")
+
+	opened := s.openLink(s.link(grace, "/verify-email"))
+	opened.see("#address", grace)
+	x.reload()
+	x.signedIn(ada) // still
+	do(x, chromedp.SendKeys(chromedp.CSS("#current-password"), "half of it"))
+	opened.click("#verify button")
+	opened.see("#verified", grace)
+	x.see("#status", "Your email is "+grace+" now.")
+	x.see("#email", grace)
+	x.see("#who", grace)
+	x.until(`!document.querySelector('#verification').checkVisibility()`)
+	x.until(`document.querySelector('#current-password').value === 'half of it'`)
+	x.shot("email-changed")
+	s.mails.take(ada, "has a new email address")
+
+	old := s.openLink(s.link(ada, "/verify-email"))
+	old.click("#verify button")
+	old.see("h1:focus", "This link does not work")
+	x.click("#logout button")
+	x.login(grace, password)
 }
 
 // The same page from a third origin, in the browser of a user who is logged in. To the browser it

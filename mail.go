@@ -797,7 +797,7 @@ func (t *smtpTransport) connect(ctx context.Context) (_ *smtp.Client, hangUp fun
 		stop()
 		_ = conn.Close()
 	}
-	client, err := t.greet(conn)
+	client, err := t.greet(&boundedConn{conn, maxReplyBytes})
 	if err != nil {
 		hangUp()
 		return nil, nil, err
@@ -870,6 +870,25 @@ func (t *smtpTransport) mailFrom(client *smtp.Client, to string) error {
 	defer client.Text.EndResponse(id)
 	_, _, err = client.Text.ReadResponse(250)
 	return err
+}
+
+// maxReplyBytes bounds what a mail server, or whoever poses as one before TLS, can make us read of
+// one conversation. Usual replies have 2 KB, and a chain of certificates has less than 20 KB.
+const maxReplyBytes = 256 << 10
+
+// boundedConn is a connection from which only so many bytes are left to be read.
+type boundedConn struct {
+	net.Conn
+	left int
+}
+
+func (c *boundedConn) Read(b []byte) (int, error) {
+	if c.left == 0 {
+		return 0, errors.New("the mail server says too much")
+	}
+	n, err := c.Conn.Read(b[:min(len(b), c.left)])
+	c.left -= n
+	return n, err
 }
 
 // helloName returns what this host calls itself to the mail server: its name if that is a domain,

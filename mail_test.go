@@ -315,6 +315,27 @@ func TestMailTimeout(t *testing.T) {
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailFailed: 1})
 }
 
+// TestMailFlood checks that a mail server that never stops talking is cut off.
+func TestMailFlood(t *testing.T) {
+	address, accepted := silentServer(t)
+	limits := patient
+	limits.pauses = nil
+	m, _ := startMailer(t, address, limits)
+	if err := m.enqueue(notice()); err != nil {
+		t.Fatal(err)
+	}
+	conn := <-accepted
+	for said := 0; ; said += 64 << 10 {
+		if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
+			break
+		}
+		if said > 64<<20 { // far more than the buffers on the way hold
+			t.Fatal("nobody stops it")
+		}
+	}
+	wantOutcomes(t, m, map[mailOutcome]uint64{mailFailed: 1})
+}
+
 // TestMailPanic checks that a panic loses one mail and nothing else.
 func TestMailPanic(t *testing.T) {
 	address, accepted := silentServer(t)

@@ -128,13 +128,15 @@ func either(r route) []string {
 	return goodOr503
 }
 
-// onReadOnlyRedis are the outcomes on a Redis that takes no writes. Without the rate limit, GET
-// /auth/me only reads, and may go on.
+// onReadOnlyRedis are the outcomes on a Redis that takes no writes. Without the rate limit, two
+// routes only read, and may go on.
 func onReadOnlyRedis(r route) []string {
-	if r.name == "me" {
+	switch r.name {
+	case "me", "verification":
 		return goodOr503
+	default:
+		return unless(asksRedis)(r)
 	}
-	return unless(asksRedis)(r)
 }
 
 // redisFaults are what can happen to Redis. Every route under /auth writes to it, if only the
@@ -347,7 +349,7 @@ var postgresFaults = []fault{
 // pages where it belongs. What only locks or deletes rows needs none.
 func onFullDisk(r route) []string {
 	switch r.name {
-	case "signup", "password", "readyz":
+	case "signup", "password", "reset", "verify", "verify new email", "readyz":
 		return goodOr503
 	default:
 		return good

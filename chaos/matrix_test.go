@@ -36,9 +36,10 @@ const (
 type need int
 
 const (
-	unused need = iota
-	reads       // of Redis, this includes counting and deleting, which work even if it is full
-	writes      // of Redis, only what needs memory
+	unused  need = iota
+	limited      // of Redis, only for the rate limit
+	reads        // of Redis, this includes counting and deleting, which work even if it is full
+	writes       // of Redis, only what needs memory
 )
 
 // A route is one request of the contract. It stands for a method and a path; a path that answers
@@ -59,6 +60,7 @@ var (
 	revoked  = []string{"401 session_revoked"}
 	noUser   = []string{"404 user_not_found"}
 	badLogin = []string{"401 invalid_credentials"}
+	badLink  = []string{"400 invalid_link"}
 )
 
 // routes are all routes of the contract.
@@ -73,9 +75,23 @@ var routes = []route{
 	{"revoke", unused, reads, prepareRevoke, revoked, good},
 	{"revoke all", unused, reads, asUser((*user).revokeAll), revoked, good},
 	{"password", writes, writes, asUser(changeToAnother), revoked, noUser},
+	{"forgot", unused, limited, asUser((*user).forgot), good, good},
+	{"reset", writes, reads, prepareReset, good, badLink},
+	{"verification", reads, reads, asUser((*user).sendVerification), revoked, noUser},
+	{"verify", writes, limited, prepareVerify, good, badLink},
+	{"email", reads, reads, asUser(changeToAnotherEmail), revoked, noUser},
+	{"verify new email", writes, limited, prepareVerifyNew, good, badLink},
 	{"delete", writes, reads, asUser((*user).deleteAccount), revoked, noUser},
 	{"healthz", unused, unused, asNewUser(health("/healthz")), good, good},
 	{"readyz", writes, writes, asNewUser(health("/readyz")), good, good},
+}
+
+// withoutLimit is what the route needs of a server that has no rate limit.
+func (r route) withoutLimit() route {
+	if r.redis == limited {
+		r.redis = unused
+	}
+	return r
 }
 
 type prepare = func(*testing.T, *server) func() answer
@@ -117,6 +133,28 @@ func prepareRevoke(t *testing.T, s *server) func() answer {
 		t.Fatalf("sessions: %v %s", list, list.body)
 	}
 	return func() answer { return u.revoke(older) }
+}
+
+func changeToAnotherEmail(u *user) answer { return u.changeEmail("another-" + u.email) }
+
+// The following make a user ready to use a link that was mailed.
+
+func prepareReset(t *testing.T, s *server) func() answer {
+	u := signedUp(t, s)
+	token := askForLink(t, u, "reset", u.email, (*user).forgot)
+	return func() answer { return u.reset(token) }
+}
+
+func prepareVerify(t *testing.T, s *server) func() answer {
+	u := signedUp(t, s)
+	token := askForLink(t, u, "verify", u.email, (*user).sendVerification)
+	return func() answer { return u.verify(token) }
+}
+
+func prepareVerifyNew(t *testing.T, s *server) func() answer {
+	u := signedUp(t, s)
+	token := askForLink(t, u, "change", "another-"+u.email, changeToAnotherEmail)
+	return func() answer { return u.verify(token) }
 }
 
 // health asks one of the health routes. Their errors have a body of their own, with no code.
@@ -244,7 +282,7 @@ func TestMatrix(t *testing.T) {
 // breakStore makes one row of the matrix.
 func breakStore(t *testing.T, f fault) row {
 	l := startLab(t, f)
-	limited, unlimited := l.quietMetrics(), l.unlimited.quietMetrics()
+	quiet, quietUnlimited := l.quietMetrics(), l.unlimited.quietMetrics()
 	probes := prepareProbes(t, l)
 	requests := prepareRoutes(t, l.server, askers)
 	for name, asks := range prepareRoutes(t, l.unlimited, 1) {
@@ -268,8 +306,9 @@ func breakStore(t *testing.T, f fault) row {
 	}
 	result := row{fault: f.String()}
 	for _, r := range routes {
+		checkRoute(t, f, r, answers[r.name])
+		checkRoute(t, f, r.withoutLimit(), answers[r.name+withoutLimit])
 		got := append(answers[r.name], answers[r.name+withoutLimit]...)
-		checkRoute(t, f, r, got)
 		result.cells = append(result.cells, cell(got))
 	}
 
@@ -281,8 +320,9 @@ func breakStore(t *testing.T, f fault) row {
 	if f.store == "PostgreSQL" && f.after == nil {
 		checkNotUsedUp(t, append(requests["refresh"], requests["refresh"+withoutLimit]...), patient)
 	}
-	l.awaitQuiet(limited)
-	l.unlimited.awaitQuiet(unlimited)
+	checkLinksWork(t, f, append(requests["reset"], requests["reset"+withoutLimit]...))
+	l.awaitQuiet(quiet)
+	l.unlimited.awaitQuiet(quietUnlimited)
 	return result
 }
 
@@ -375,6 +415,20 @@ func checkNotUsedUp(t *testing.T, refreshes []func() answer, patient *user) {
 	}
 	if a := patient.login(); !a.ok() {
 		t.Errorf("after %d failed logins and the mending, one more: %v", loginLimit, a)
+	}
+}
+
+// checkLinksWork checks that links to reset a password still work if all that used them while the
+// store was broken had to be refused.
+func checkLinksWork(t *testing.T, f fault, resets []func() answer) {
+	reset := routes[slices.IndexFunc(routes, func(r route) bool { return r.name == "reset" })]
+	if !slices.Equal(f.want(reset), unavailable) {
+		return
+	}
+	for _, ask := range resets {
+		if a := ask(); !a.ok() {
+			t.Errorf("after the mending, the same link: %v", a)
+		}
 	}
 }
 

@@ -33,6 +33,8 @@ type server struct {
 	url     string
 	metered string // the URL of its metrics
 	http    *http.Client
+
+	mailLogger *server // a replica that writes its mails to its log; itself, unless it has SMTP_URL
 }
 
 // startServer starts the server with the variables of env, which must give DATABASE_URL and
@@ -68,6 +70,7 @@ func launchServer(t *testing.T, env vars) *server {
 		metered: "http://" + all["METRICS_ADDR"] + "/metrics",
 		http:    newHTTPClient(),
 	}
+	s.mailLogger = s
 	t.Cleanup(s.http.CloseIdleConnections)
 	cmd := exec.Command(binary(t))
 	cmd.Env = []string{} // nil would be ours

@@ -119,6 +119,38 @@ func (u *user) changePassword(next string) answer {
 	return a
 }
 
+func (u *user) forgot() answer {
+	return u.ask("POST", "/auth/password/forgot", map[string]string{"email": u.email})
+}
+
+// reset changes the password to another with the token of a link. The user remembers it if the
+// server has.
+func (u *user) reset(token string) answer {
+	next := "password " + rand.Text()
+	a := u.ask("POST", "/auth/password/reset", map[string]string{
+		"token":       token,
+		"newPassword": next,
+	})
+	if a.ok() {
+		u.password = next
+	}
+	return a
+}
+
+func (u *user) sendVerification() answer { return u.ask("POST", "/auth/email/verification", nil) }
+
+func (u *user) verify(token string) answer {
+	return u.ask("POST", "/auth/email/verify", map[string]string{"token": token})
+}
+
+// changeEmail asks for a mail to another address, with a link that changes the user's to that.
+func (u *user) changeEmail(next string) answer {
+	return u.ask("PUT", "/auth/email", map[string]string{
+		"newEmail": next,
+		"password": u.password,
+	})
+}
+
 func (u *user) deleteAccount() answer {
 	return u.ask("DELETE", "/auth/me", map[string]string{"password": u.password})
 }

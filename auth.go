@@ -527,21 +527,11 @@ func (a *auth) verifyEmail(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	opened, u, err := a.openLink(r, in.Token, linkVerify, linkChange)
-	if err != nil {
+	var before, u user
+	err = retryStale(func() (err error) {
+		before, u, err = a.useEmailLink(r, in.Token)
 		return err
-	}
-	before := u
-	switch {
-	case u.Verified && u.Email == opened.Email:
-		// The link was opened before.
-	case opened.Purpose == linkVerify && u.Email == opened.Email:
-		u, err = a.store.verifyEmail(r.Context(), u)
-	case opened.Purpose == linkChange && opened.State == stateOf(u):
-		u, err = a.store.changeEmail(r.Context(), u, opened.Email)
-	default:
-		err = errLinkInvalid
-	}
+	})
 	if err != nil {
 		return usedIfStale(err)
 	}
@@ -576,6 +566,26 @@ func (a *auth) openLink(
 		return link{}, user{}, errLinkInvalid
 	}
 	return opened, u, err
+}
+
+// useEmailLink verifies or changes the email of a link's user. It returns the user before and after.
+func (a *auth) useEmailLink(r *http.Request, token string) (before, after user, err error) {
+	opened, u, err := a.openLink(r, token, linkVerify, linkChange)
+	if err != nil {
+		return user{}, user{}, err
+	}
+	switch {
+	case u.Verified && u.Email == opened.Email: // the link was opened before
+		return u, u, nil
+	case opened.Purpose == linkVerify && u.Email == opened.Email:
+		after, err = a.store.verifyEmail(r.Context(), u)
+		return u, after, err
+	case opened.Purpose == linkChange && opened.State == stateOf(u):
+		after, err = a.store.changeEmail(r.Context(), u, opened.Email)
+		return u, after, err
+	default:
+		return user{}, user{}, errLinkInvalid
+	}
 }
 
 // usedIfStale returns errLinkInvalid if err is errStale: the user's password or email was changed
@@ -992,9 +1002,9 @@ func (a *auth) warn(r *http.Request, text string, err error) {
 	}
 }
 
-// retryStale calls try, which judges a password and then acts on the hash that it matched. If that
-// hash was replaced in between, retryStale calls try again, since the password may match the new
-// hash too.
+// retryStale calls try, which reads a user and then acts on what it has read. If the user was
+// changed in between, retryStale calls try again: the password may match the new hash, too, or the
+// change may have been the same one.
 func retryStale(try func() error) error {
 	err := try()
 	for tries := 1; tries < maxTries && errors.Is(err, errStale); tries++ {

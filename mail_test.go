@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/textproto"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -485,4 +486,42 @@ func TestLoginAuth(t *testing.T) {
 	if _, err := a.Next(nil, true); err == nil || errors.Is(err, errUndeliverable) {
 		t.Errorf("a third question: %v", err)
 	}
+}
+
+// Races
+
+// TestLinkTwiceAtOnce opens a link to change an address several times at once. It works for all of
+// them, as it does one after the other, and the old address is told once.
+func TestLinkTwiceAtOnce(t *testing.T) {
+	s := start(t, nil)
+	for range rounds {
+		c := signedUp(s)
+		body := object{"newEmail": "new-" + c.email, "password": c.password}
+		want(t, c.do("PUT", "/auth/email", body), 202, "")
+		token := c.loggedToken(mailChange)
+		answers := together(4, func(int) response {
+			return c.do("POST", "/auth/email/verify", object{"token": token})
+		})
+		wantOnly(t, answers, "200")
+		line := "kind=email_changed outcome=sent userId=" + c.claims().UserID
+		eventually(t, "the old address is told", func() bool {
+			return strings.Contains(s.logged(), line)
+		})
+		if n := strings.Count(s.logged(), line); n != 1 {
+			t.Errorf("the old address is told %d times", n)
+		}
+	}
+}
+
+// loggedToken waits for a mail of this kind to the client, and returns the token of its link.
+func (c *client) loggedToken(kind mailKind) string {
+	c.t.Helper()
+	form := regexp.MustCompile(
+		`kind=` + string(kind) + ` to=\S*` + regexp.QuoteMeta(c.email) + ` .* link="\S+#token=(\S+)"`)
+	var match []string
+	eventually(c.t, "the mail is logged", func() bool {
+		match = form.FindStringSubmatch(c.s.logged())
+		return match != nil
+	})
+	return match[1]
 }

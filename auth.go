@@ -568,7 +568,8 @@ func (a *auth) openLink(
 	return opened, u, err
 }
 
-// useEmailLink verifies or changes the email of a link's user. It returns the user before and after.
+// useEmailLink verifies or changes the email of a link's user. It returns the user before and
+// after.
 func (a *auth) useEmailLink(r *http.Request, token string) (before, after user, err error) {
 	opened, u, err := a.openLink(r, token, linkVerify, linkChange)
 	if err != nil {

@@ -45,9 +45,9 @@ var (
 	// errTheft is an errReused whose token was exchanged longer ago than the leeway.
 	errTheft = fmt.Errorf("%w, and longer ago than the leeway", errReused)
 
-	// errStale means that the user's password hash or email was replaced, or the user deleted, after
-	// they were read. A request tries again with the new ones. If that fails several times, it is
-	// answered with 503.
+	// errStale means that the user's password hash or email was replaced, or the user deleted,
+	// after they were read. A request tries again with the new ones. If that fails several times,
+	// it is answered with 503.
 	errStale = fmt.Errorf("%w: the user was changed meanwhile", errUnavailable)
 )
 

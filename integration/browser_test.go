@@ -276,10 +276,11 @@ func (s *site) device() *tab {
 }
 
 // openLink opens a link from a mail in another tab. The token must leave the address bar at once.
-func (s *site) openLink(link string) *tab {
+func (s *site) openLink(link string, options ...chromedp.ContextOption) *tab {
 	s.t.Helper()
-	x := s.open(link)
+	x := s.open(link, options...)
 	x.see("h1:focus", "")
+	x.named()
 	page, _, _ := strings.Cut(link, "#")
 	if at := js[string](x, `location.href`); at != page+"/" {
 		s.t.Errorf("the link leads to %s", at)
@@ -347,6 +348,13 @@ func (x *tab) see(selector, text string) {
 		const node = document.querySelector(%q);
 		return node.checkVisibility() && node.textContent.includes(%q);
 	})()`, selector, text))
+}
+
+// named asserts that every field has a name, which a screen reader reads out.
+func (x *tab) named() {
+	x.t.Helper()
+	x.until(`[...document.querySelectorAll('input')].every(
+		(input) => input.labels.length > 0 || Boolean(input.ariaLabel))`)
 }
 
 func (x *tab) reload() {
@@ -471,9 +479,7 @@ func TestBrowserSession(t *testing.T) {
 		t.Errorf("the cookie is kept as %+v", before)
 	}
 
-	// Every field has a name.
-	x.until(`[...document.querySelectorAll('input')].every(
-		(input) => input.labels.length > 0 || Boolean(input.ariaLabel))`)
+	x.named()
 
 	x.reload()
 	x.signedIn(ada)
@@ -771,9 +777,13 @@ func TestBrowserVerification(t *testing.T) {
 	opened.signedIn(ada)
 	opened.until(`!document.querySelector('#verification').checkVisibility()`)
 
-	again := s.openLink(first) // which is still good
+	// The first link is still good. It logs nobody in on another device.
+	again := s.openLink(first, chromedp.WithNewBrowserContext())
 	again.click("#verify button")
 	again.see("#verified", ada)
+	if again.cookie() != nil {
+		t.Error("a link has logged somebody in")
+	}
 }
 
 // A page for links is opened without a link, and then with one that is not genuine.

@@ -464,6 +464,7 @@ func TestBrowserSession(t *testing.T) {
 
 	x.fill("#signup-email", ada, "#signup-password", password)
 	x.signedIn(ada)
+	x.named()
 	x.shot("account")
 
 	// No script reaches the refresh token.
@@ -478,8 +479,6 @@ func TestBrowserSession(t *testing.T) {
 		before.SameSite != network.CookieSameSiteStrict {
 		t.Errorf("the cookie is kept as %+v", before)
 	}
-
-	x.named()
 
 	x.reload()
 	x.signedIn(ada)

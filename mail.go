@@ -343,6 +343,7 @@ type mailRequest struct {
 	Kind      mailKind
 	User      user   // as it was when it had Address; not known yet for mailReset
 	Address   string // where the mail goes; for mailReset the address that somebody has typed
+	counted   bool   // against the limit of the address
 }
 
 // mailUsers is all that this file may do with users.
@@ -363,10 +364,11 @@ type mailTransport interface {
 
 // mailLimits are the bounds of the queue.
 type mailLimits struct {
-	queue   int             // how many requests may wait, and apart from them how many letters
-	senders int             // how many letters are sent at the same time
-	timeout time.Duration   // of one try
-	pauses  []time.Duration // before the second try, the third, and so on
+	queue       int             // how many requests may wait, and apart from them how many letters
+	senders     int             // how many letters are sent at the same time
+	timeout     time.Duration   // of one try
+	writePauses []time.Duration // before the second try to write a letter, the third, and so on
+	sendPauses  []time.Duration // the same for sending it
 }
 
 // mailParts are what a mailer consists of. transport is nil if no mails are sent.
@@ -454,7 +456,7 @@ func (m *mailer) process(req mailRequest) {
 		return
 	}
 	defer m.letters.release()
-	err := m.try(req, m.senders, func(ctx context.Context) error {
+	err := m.try(req, m.senders, m.limits.sendPauses, func(ctx context.Context) error {
 		return m.transport.send(ctx, l)
 	})
 	if err != nil {
@@ -469,7 +471,7 @@ func (m *mailer) process(req mailRequest) {
 func (m *mailer) prepare(req *mailRequest) (letter, bool) {
 	defer m.requests.release()
 	var l letter
-	err := m.try(*req, m.writers, func(ctx context.Context) error {
+	err := m.try(*req, m.writers, m.limits.writePauses, func(ctx context.Context) error {
 		var err error
 		l, err = m.write(ctx, req)
 		return err
@@ -484,23 +486,20 @@ func (m *mailer) prepare(req *mailRequest) (letter, bool) {
 	return l, true
 }
 
-// write returns the letter for a request. It returns errNoUser if nobody has the address for which
-// a reset was asked. That counts against the limit of the address, too.
+// write returns the letter for a request. It returns errMailLimited if there were too many mails to
+// the address, and errNoUser if nobody has the address for which a reset was asked.
 func (m *mailer) write(ctx context.Context, req *mailRequest) (letter, error) {
+	if err := m.limit(ctx, req); err != nil {
+		return letter{}, err
+	}
 	to := req.Address
 	if req.Kind == mailReset {
 		u, err := m.users.findUserByEmail(ctx, req.Address)
-		if err != nil && !errors.Is(err, errNoUser) {
+		if err != nil {
 			return letter{}, err
 		}
 		req.User = u
 		to = u.Email // as it was signed up, not as somebody has typed it
-	}
-	if err := m.limit(ctx, req); err != nil {
-		return letter{}, err
-	}
-	if req.User.ID == "" {
-		return letter{}, errNoUser
 	}
 	if !isPlainAddress(to) {
 		return letter{}, fmt.Errorf("%w: the address is none that mail can be sent to",
@@ -532,10 +531,13 @@ func (m *mailer) write(ctx context.Context, req *mailRequest) (letter, error) {
 	}, nil
 }
 
-// limit counts the mail that req asks for. It returns errMailLimited if that is one too many.
-// Notices to a verified address are not limited. If the address is not verified, its owner may not
-// know the account, whose password a stranger could change again and again.
+// limit counts a request, once, and returns errMailLimited if it is one too many. Notices to a
+// verified address are not limited. If the address is not verified, its owner may not know of the
+// account, whose password a stranger could change again and again.
 func (m *mailer) limit(ctx context.Context, req *mailRequest) error {
+	if req.counted {
+		return nil
+	}
 	_, asked := linkPurposes[req.Kind]
 	allowed := true
 	var err error
@@ -551,13 +553,20 @@ func (m *mailer) limit(ctx context.Context, req *mailRequest) error {
 	if !allowed {
 		return errMailLimited
 	}
+	req.counted = true
 	return nil
 }
 
 // try calls do when it is the request's turn. If do fails, and might not fail later, try calls it
-// again after each of the pauses. At a shutdown the pause ends at once, and is the last one.
-func (m *mailer) try(req mailRequest, turn slots, do func(ctx context.Context) error) error {
-	for _, pause := range m.limits.pauses {
+// again after each of the pauses. A shutdown ends the pause, and what fails then is not tried
+// again.
+func (m *mailer) try(
+	req mailRequest,
+	turn slots,
+	pauses []time.Duration,
+	do func(ctx context.Context) error,
+) error {
+	for _, pause := range pauses {
 		err := m.tryOnce(turn, do)
 		if err == nil || isFinal(err) {
 			return err

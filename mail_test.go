@@ -15,6 +15,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // Links
@@ -232,10 +234,10 @@ func silentServer(t *testing.T) (string, <-chan net.Conn) {
 }
 
 var patient = mailLimits{
-	queue:   2,
-	senders: 1,
-	timeout: time.Minute,
-	pauses:  []time.Duration{time.Minute, time.Minute},
+	queue:      2,
+	senders:    1,
+	timeout:    time.Minute,
+	sendPauses: []time.Duration{time.Minute, time.Minute},
 }
 
 // TestFullMailQueues checks that neither queue grows over its bound, and that the first one does
@@ -270,7 +272,7 @@ func TestFullMailQueues(t *testing.T) {
 // TestMailTries checks that a mail is tried three times, and then given up.
 func TestMailTries(t *testing.T) {
 	limits := patient
-	limits.pauses = []time.Duration{time.Millisecond, time.Millisecond}
+	limits.sendPauses = []time.Duration{time.Millisecond, time.Millisecond}
 	m, logged := startMailer(t, closedPort(t), limits)
 	if err := m.enqueue(notice()); err != nil {
 		t.Fatal(err)
@@ -308,7 +310,7 @@ func TestMailTimeout(t *testing.T) {
 	address, _ := silentServer(t)
 	limits := patient
 	limits.timeout = 10 * time.Millisecond
-	limits.pauses = nil
+	limits.sendPauses = nil
 	m, _ := startMailer(t, address, limits)
 	if err := m.enqueue(notice()); err != nil {
 		t.Fatal(err)
@@ -320,7 +322,7 @@ func TestMailTimeout(t *testing.T) {
 func TestMailFlood(t *testing.T) {
 	address, accepted := silentServer(t)
 	limits := patient
-	limits.pauses = nil
+	limits.sendPauses = nil
 	m, _ := startMailer(t, address, limits)
 	if err := m.enqueue(notice()); err != nil {
 		t.Fatal(err)
@@ -335,6 +337,32 @@ func TestMailFlood(t *testing.T) {
 		}
 	}
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailFailed: 1})
+}
+
+// TestMailWithoutPostgres checks that a reset which cannot look for its user is tried three times,
+// and counts once against the limit of its address.
+func TestMailWithoutPostgres(t *testing.T) {
+	limits := patient
+	limits.queue = maxMails + 1
+	limits.writePauses = []time.Duration{time.Millisecond, time.Millisecond}
+	m, _ := startMailer(t, closedPort(t), limits)
+	db, err := pgxpool.New(t.Context(), "postgres://"+closedPort(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	m.users = &store{db: db, postgresTimeout: postgresTimeout}
+	reset := mailRequest{Kind: mailReset, Address: newClient(&server{t: t}).email}
+	for range limits.queue {
+		if err := m.enqueue(reset); err != nil {
+			t.Error(err)
+		}
+	}
+	wantOutcomes(t, m, map[mailOutcome]uint64{
+		mailRetried: 2 * maxMails,
+		mailFailed:  maxMails,
+		mailLimited: 1,
+	})
 }
 
 // TestMailPanic checks that a panic loses one mail and nothing else.

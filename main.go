@@ -275,11 +275,16 @@ const (
 	// before they greet it.
 	mailTimeout = 30 * time.Second
 
-	// mailFirstPause and mailSecondPause are the times from one of the three tries to the next. The
-	// first is short, because a user waits for the mail. After both a mail server accepts us that
-	// turns away unknown clients for the first five minutes.
+	// mailFirstPause and mailSecondPause are the times from one of the three tries to send a mail
+	// to the next. The first is short, because a user waits for the mail. After both, a mail server
+	// accepts us that turns away unknown clients for the first five minutes.
 	mailFirstPause  = 5 * time.Second
 	mailSecondPause = 5 * time.Minute
+
+	// mailWritePause is the time from one of the three tries to write a mail to the next, if a
+	// store does not answer. It is short, because the mail takes a place in the queue meanwhile,
+	// and others are refused when that is full.
+	mailWritePause = 10 * time.Second
 
 	// hashWait is the longest wait for a hashing slot. A user would hardly wait longer.
 	hashWait = 2 * time.Second
@@ -594,10 +599,11 @@ func mailPartsOf(cfg config, log *slog.Logger, s *store, rdb redis.UniversalClie
 		site:  cfg.mail.site,
 		log:   log,
 		limits: mailLimits{
-			queue:   mailQueue,
-			senders: mailSenders,
-			timeout: mailTimeout,
-			pauses:  []time.Duration{mailFirstPause, mailSecondPause},
+			queue:       mailQueue,
+			senders:     mailSenders,
+			timeout:     mailTimeout,
+			writePauses: []time.Duration{mailWritePause, mailWritePause},
+			sendPauses:  []time.Duration{mailFirstPause, mailSecondPause},
 		},
 	}
 }

@@ -100,7 +100,7 @@ func TestServesWithoutDDLRights(t *testing.T) {
 // verified marks the client's email as verified, so that notices to it ask no store for a limit.
 func verified(c *client) *client {
 	c.t.Helper()
-	execSQL(c.t, c.s.database, `
+	execSQL(c.t, databaseURL(testDatabase), `
 		UPDATE users
 		SET email_verified_at = now()
 		WHERE id = $1::uuid`, c.claims().UserID)

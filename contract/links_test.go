@@ -147,6 +147,38 @@ var linkPromises = []promise{
 			c.lives()
 		}},
 	{"change: an address changed there and back revives no link", own, movesBack},
+	{"verify: a link that is opened several times at once is 200 each time", own, func(s *server) {
+		servers := []*server{s, s.start(nil)}
+		for range rounds {
+			c := s.signup()
+			old, email := c.email, newEmail()
+			for _, token := range []string{c.verifyToken(), c.moveToken(email)} {
+				for _, a := range together(4, func(i int) *answer {
+					return servers[i%2].send(verifyOf(token))
+				}) {
+					a.ok()
+				}
+			}
+			s.mailTo(old, aNotice)
+			n := len(s.mails.left(old))
+			s.expect(n == 0, "%d notices too many have come to the old address", n)
+		}
+	}},
+	{"links work on an adopted table, too", own, func(s *server) {
+		s = s.inDatabase()
+		s.exec(drizzle)
+		s = s.startOn(s.stores, env{"DATABASE_URL": s.stores.databaseURL + "&TimeZone=Asia/Tokyo"})
+		c := s.signup()
+		links := c.links()
+		s.send(verifyOf(links[toVerify])).ok()
+		c.verified(true)
+		s.send(verifyOf(links[toChange])).ok()
+		s.send(resetOf(links[toReset], newPassword())).refused("invalid_link")
+		c.email = s.query("SELECT email FROM users WHERE id = $1", c.id)
+		c.password = newPassword()
+		s.send(resetOf(c.resetToken(), c.password)).ok()
+		c.login().lives()
+	}},
 	{"a link works for 30 minutes to reset and for 24 hours else, bound to the user's state", own,
 		func(s *server) {
 			c := s.signup()

@@ -129,6 +129,22 @@ var mailPromises = []promise{
 		}},
 	{"the sixth mail to an address in an hour is not sent; notices are, and other addresses'", own,
 		limitsMails},
+	{"an address that nobody has verified gets ten mails in an hour, notices among them", own,
+		func(s *server) {
+			s = s.start(env{"METRICS_ADDR": "127.0.0.1:" + freePort()})
+			c := s.signup()
+			for range 12 {
+				c.elsewhere().changePassword(c.password, c.password).ok()
+			}
+			s.eventually(5*time.Second, "three are over the limit", func() bool {
+				return strings.Contains(s.scrape(), `latchkey_mail_total{outcome="limited"} 3`)
+			})
+			for range 9 {
+				s.mailTo(c.email, aNotice)
+			}
+			s.mailTo(c.email, toVerify)
+			s.assertNoMail(c.email)
+		}},
 	{"an address that is none is validation_failed for forgot and for a change, too", own,
 		func(s *server) {
 			c := s.signup()
@@ -312,8 +328,8 @@ func injectsNothing(s *server) {
 
 // templates are one's own texts for all mails.
 func templates(reset string) string {
-	text := `{{define "reset.subject"}}Grüße von {{.Site}}{{end}}` +
-		`{{define "reset.body"}}` + reset + `{{end}}`
+	text := `{{define "reset.subject"}}Grüße, und so viele Worte mehr, daß es für eine Zeile zu ` +
+		`viele werden: {{.Email}}{{end}}{{define "reset.body"}}` + reset + `{{end}}`
 	for _, kind := range []string{"verify", "change", "password_changed", "email_changed"} {
 		text += fmt.Sprintf("{{define %q}}%s{{end}}", kind+".subject", kind)
 		text += fmt.Sprintf("{{define %q}}Ihr Link: {{.Link}}{{end}}", kind+".body")

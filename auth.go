@@ -459,8 +459,11 @@ func (a *auth) resetPassword(w http.ResponseWriter, r *http.Request) error {
 	}
 	mailed := opened.Purpose == linkReset
 	err = a.store.resetPassword(r.Context(), u, hash, mailed)
+	if errors.Is(err, errStale) {
+		return errLinkInvalid // another request was faster, perhaps with the same link
+	}
 	if err != nil {
-		return usedIfStale(err)
+		return err
 	}
 	// Whoever forgot a password has often tried several, and should not have to wait now.
 	forgiveErr := a.logins.forgivePair(r.Context(), normalizeEmail(u.Email), infoOf(r).ip)
@@ -478,10 +481,9 @@ func (a *auth) sendVerification(w http.ResponseWriter, r *http.Request, c claims
 		return err
 	}
 	if !u.Verified {
-		err = a.sendMail(r, mailVerify, u, u.Email)
-	}
-	if err != nil {
-		return err
+		if err := a.sendMail(r, mailVerify, u, u.Email); err != nil {
+			return err
+		}
 	}
 	return writeJSON(w, http.StatusAccepted, message{"A mail is on its way"})
 }
@@ -533,7 +535,7 @@ func (a *auth) verifyEmail(w http.ResponseWriter, r *http.Request) error {
 		return err
 	})
 	if err != nil {
-		return usedIfStale(err)
+		return err
 	}
 	if u.Email != before.Email {
 		_ = a.sendMail(r, mailEmailChanged, before, before.Email)
@@ -589,17 +591,8 @@ func (a *auth) useEmailLink(r *http.Request, token string) (before, after user, 
 	}
 }
 
-// usedIfStale returns errLinkInvalid if err is errStale: the user's password or email was changed
-// after the link was checked, perhaps by the same link. Otherwise it returns err.
-func usedIfStale(err error) error {
-	if errors.Is(err, errStale) {
-		return errLinkInvalid
-	}
-	return err
-}
-
-// sendMail asks for a mail about u to an address. If that fails, the log tells. A caller ignores
-// the error if what it has done stands without the mail.
+// sendMail asks for a mail about u to an address. If that fails, it is logged. A caller ignores the
+// error if what it has done stands without the mail.
 func (a *auth) sendMail(r *http.Request, kind mailKind, u user, address string) error {
 	return a.mails.enqueue(mailRequest{
 		RequestID: infoOf(r).id,

@@ -42,7 +42,7 @@ type linkPurpose string
 
 const (
 	linkReset         linkPurpose = "reset"          // was mailed to whoever forgot the password
-	linkOperatorReset linkPurpose = "operator_reset" // was made by an operator
+	linkOperatorReset linkPurpose = "operator_reset" // is made by an operator
 	linkVerify        linkPurpose = "verify"         // shows that the account's address is right
 	linkChange        linkPurpose = "change"         // shows it of the address to change to
 )
@@ -175,25 +175,33 @@ var mailKinds = []mailKind{
 	mailReset, mailVerify, mailChange, mailPasswordChanged, mailEmailChanged,
 }
 
-// linkPurposes has the purposes of the links in mails. These mails are the ones that somebody has
-// asked for. Notices have no link.
+// linkPurposes has the purposes of the links in mails. Notices have no link.
 var linkPurposes = map[mailKind]linkPurpose{
 	mailReset:  linkReset,
 	mailVerify: linkVerify,
 	mailChange: linkChange,
 }
 
+// isAsked reports whether such a mail is sent because somebody has asked for it. Notices are not.
+func (k mailKind) isAsked() bool {
+	return linkPurposes[k] != ""
+}
+
 //go:embed mail.tmpl
 var mailTemplates string
 
-// mailValues are the values in a mail's text. There is nothing in them that one user could choose
-// to have it read by another.
+// mailValues are the values in a mail's text. Somebody who asks for a mail to another address cannot
+// add a word to it.
 type mailValues struct {
 	Site     string // the host of the frontend
 	Email    string // the address that the mail goes to
 	Link     string // empty in a notice
 	Lifetime string // how long the link works, for example "30 minutes"
 }
+
+// maxSubjectBytes leaves room for longer values than those of the sample. A line of a mail has at
+// most 998 bytes (RFC 5322 section 2.1.1).
+const maxSubjectBytes = 500
 
 // mailTexts writes the texts of mails.
 type mailTexts struct {
@@ -213,15 +221,18 @@ func parseMailTexts(text string) (mailTexts, error) {
 			Email:    "ada@example.com",
 			Lifetime: "30 minutes",
 		}
-		if _, asked := linkPurposes[kind]; asked {
+		if kind.isAsked() {
 			sample.Link = "https://app.example.com/page#token=sample"
 		}
 		subject, body, err := texts.write(kind, sample)
-		if err != nil {
+		switch {
+		case err != nil:
 			return mailTexts{}, err
-		}
-		if subject == "" || !strings.Contains(body, sample.Link) {
-			return mailTexts{}, fmt.Errorf("%s: the subject is empty, or the link is missing", kind)
+		case subject == "" || len(subject) > maxSubjectBytes:
+			return mailTexts{}, fmt.Errorf("%s: the subject must have 1 to %d bytes",
+				kind, maxSubjectBytes)
+		case strings.TrimSpace(body) == "" || !strings.Contains(body, sample.Link):
+			return mailTexts{}, fmt.Errorf("%s: the text is empty, or shows no link", kind)
 		}
 	}
 	return texts, nil
@@ -248,8 +259,8 @@ func lifetimeText(d time.Duration) string {
 	return strconv.Itoa(int(d.Hours())) + " hours"
 }
 
-// letter is a mail that is ready to be sent. If it is sent again, it is the same to the last byte,
-// so mail systems recognize that by its id.
+// letter is a mail that is ready to be sent. If it is sent again, it has the same id, so a mail
+// system that compares ids delivers it once.
 type letter struct {
 	ID        string
 	Date      time.Time
@@ -267,16 +278,19 @@ func (l letter) encode(from mail.Address) []byte {
 	to := mail.Address{Address: l.To}
 	var b bytes.Buffer
 	header := func(name, value string) {
-		// Each encoded word has a line of its own, which must be short (RFC 2047 section 2).
-		folded := strings.ReplaceAll(value, "?= =?", "?=\r\n =?")
-		fmt.Fprintf(&b, "%s: %s\r\n", name, folded)
+		if strings.Contains(value, "=?") {
+			// A line with an encoded word has at most 76 characters (RFC 2047 section 2).
+			fold := strings.NewReplacer("?= =?", "?=\r\n =?", "?= <", "?=\r\n <")
+			value = "\r\n " + fold.Replace(value)
+		}
+		fmt.Fprintf(&b, "%s: %s\r\n", name, value)
 	}
 	header("From", from.String())
 	header("To", to.String())
 	header("Subject", mime.QEncoding.Encode("utf-8", l.Subject))
-	header("Date", l.Date.Format(time.RFC1123Z))
+	header("Date", l.Date.UTC().Format(time.RFC1123Z))
 	header("Message-ID", "<"+l.ID+"@"+domain+">")
-	header("Auto-Submitted", "auto-generated") // so that nobody's vacation replies (RFC 3834)
+	header("Auto-Submitted", "auto-generated") // so no vacation responder answers (RFC 3834)
 	header("MIME-Version", "1.0")
 	header("Content-Type", "text/plain; charset=utf-8")
 	header("Content-Transfer-Encoding", "quoted-printable")
@@ -287,15 +301,20 @@ func (l letter) encode(from mail.Address) []byte {
 	return b.Bytes()
 }
 
+// Addresses
+
+// domainForm matches the domain of an address, in any script. It is no IP address in brackets.
+var domainForm = regexp.MustCompile(`^[\pL\pM\pN_-]+(\.[\pL\pM\pN_-]+)*$`)
+
 // isPlainAddress reports whether an email is an address and nothing else: no display name, no
-// quotes, no spaces, nothing invisible, and no IP address for its domain. Nothing in such an
-// address can end a header or a command.
+// quotes, no spaces, and nothing invisible. Nothing in such an address can end a header or a
+// command.
 func isPlainAddress(email string) bool {
 	parsed, err := mail.ParseAddress(email)
+	_, domain, _ := strings.Cut(email, "@")
 	return err == nil &&
 		parsed.Address == email &&
-		strings.Count(email, "@") == 1 &&
-		!strings.HasSuffix(email, "]") &&
+		domainForm.MatchString(domain) &&
 		!strings.ContainsFunc(email, isUnprintable)
 }
 
@@ -317,11 +336,14 @@ var (
 	// errMailLimited means that too many mails to this address were asked for.
 	errMailLimited = errors.New("too many mails to this address")
 
+	// errMailLate means that a mail has waited so long that it should not be sent any more.
+	errMailLate = errors.New("it has waited too long")
+
 	// errMailAborted means that there is no time for another try, because the server shuts down.
 	errMailAborted = errors.New("the server shuts down")
 
-	// errUndeliverable means that no other try would succeed either.
-	errUndeliverable = errors.New("undeliverable")
+	// errMailFinal means that no other try would succeed either.
+	errMailFinal = errors.New("not to be tried again")
 )
 
 // mailOutcome is what became of a mail, or of a try to send it.
@@ -343,7 +365,6 @@ type mailRequest struct {
 	Kind      mailKind
 	User      user   // as it was when it had Address; not known yet for mailReset
 	Address   string // where the mail goes; for mailReset the address that somebody has typed
-	counted   bool   // against the limit of the address
 }
 
 // mailUsers is all that this file may do with users.
@@ -351,22 +372,42 @@ type mailUsers interface {
 	findUserByEmail(ctx context.Context, email string) (user, error)
 }
 
-// mailTransport sends letters.
-type mailTransport interface {
-	send(ctx context.Context, l letter) error
+// slots is a number of places. A place is taken by sending to the channel.
+type slots chan struct{}
 
-	// check returns an error if no letter could be sent at the moment.
-	check(ctx context.Context) error
-
-	// canReach reports whether letters to this address can be sent, as far as is known.
-	canReach(address string) bool
+// tryTake takes a place. It reports whether there was one.
+func (s slots) tryTake() bool {
+	select {
+	case s <- struct{}{}:
+		return true
+	default:
+		return false
+	}
 }
 
-// mailLimits are the bounds of the queue.
+// isFull reports whether all places are taken.
+func (s slots) isFull() bool {
+	return len(s) == cap(s)
+}
+
+// release gives a place back.
+func (s slots) release() {
+	<-s
+}
+
+// takeAll takes all places for good, as they are given back.
+func (s slots) takeAll() {
+	for range cap(s) {
+		s <- struct{}{}
+	}
+}
+
+// mailLimits are the bounds of the queues.
 type mailLimits struct {
 	queue       int             // how many requests may wait, and apart from them how many letters
 	senders     int             // how many letters are sent at the same time
 	timeout     time.Duration   // of one try
+	age         time.Duration   // how old a letter may get
 	writePauses []time.Duration // before the second try to write a letter, the third, and so on
 	sendPauses  []time.Duration // the same for sending it
 }
@@ -396,6 +437,7 @@ type mailer struct {
 	writers  slots // the request whose turn it is
 	senders  slots // the letters whose turn it is
 	outcomes map[mailOutcome]*atomic.Uint64
+	aborted  atomic.Int64    // how many mails a shutdown has cost
 	draining chan struct{}   // closed when the server shuts down
 	ctx      context.Context // ends when the shutdown waits no longer
 	cancel   context.CancelFunc
@@ -420,132 +462,104 @@ func newMailer(parts mailParts) *mailer {
 	return m
 }
 
-// check lets the log tell at the start what is wrong with the mail server.
+// isOn reports whether mails are sent, or at least logged.
+func (m *mailer) isOn() bool {
+	return m.transport != nil
+}
+
+// check logs a warning if the mail server cannot be used.
 func (m *mailer) check() {
-	if m.transport == nil {
+	if !m.isOn() {
 		return
 	}
-	if err := m.tryOnce(m.senders, m.transport.check); err != nil && m.ctx.Err() == nil {
+	ctx, cancel := context.WithTimeout(m.ctx, m.limits.timeout)
+	defer cancel()
+	if err := m.transport.check(ctx); err != nil && m.ctx.Err() == nil {
 		m.log.Warn("no mail can be sent at the moment", "error", err.Error())
 	}
 }
 
 // canReach reports whether mails to this address can be sent, as far as is known.
 func (m *mailer) canReach(address string) bool {
-	return m.transport == nil || m.transport.canReach(address)
+	return !m.isOn() || m.transport.canReach(address)
 }
 
 // enqueue accepts a request, and does nothing else before it returns. If no mails are sent, it
-// ignores the request. It returns errMailQueueFull if too many wait.
+// ignores the request. It returns errMailQueueFull if too many wait. The second queue does not
+// matter for a reset, since whether there will be a letter must not show.
 func (m *mailer) enqueue(req mailRequest) error {
-	if m.transport == nil {
+	if !m.isOn() {
 		return nil
 	}
-	if !m.requests.tryTake() {
-		m.giveUp(req, errMailQueueFull)
+	full := req.Kind != mailReset && m.letters.isFull()
+	if full || !m.requests.tryTake() {
+		m.settle(req, errMailQueueFull)
 		return errMailQueueFull
 	}
 	go m.process(req)
 	return nil
 }
 
-// process writes and sends the mail that was asked for.
+// process writes and sends the mail that was asked for. It passes both queues.
 func (m *mailer) process(req mailRequest) {
-	l, ok := m.prepare(&req)
-	if !ok {
-		return
-	}
-	defer m.letters.release()
-	err := m.try(req, m.senders, m.limits.sendPauses, func(ctx context.Context) error {
-		return m.transport.send(ctx, l)
-	})
-	if err != nil {
-		m.giveUp(req, err)
-		return
-	}
-	m.note(req, mailSent, nil)
-}
-
-// prepare returns the letter for a request, which then has a place in the second queue. It reports
-// false if there is nothing to send. It sets the user of the request.
-func (m *mailer) prepare(req *mailRequest) (letter, bool) {
-	defer m.requests.release()
-	var l letter
-	err := m.try(*req, m.writers, m.limits.writePauses, func(ctx context.Context) error {
-		var err error
-		l, err = m.write(ctx, req)
-		return err
-	})
+	req, l, err := m.write(req)
 	if err == nil && !m.letters.tryTake() {
 		err = errMailQueueFull
 	}
+	m.requests.release()
 	if err != nil {
-		m.giveUp(*req, err)
-		return letter{}, false
+		m.settle(req, err)
+		return
 	}
-	return l, true
-}
-
-// write returns the letter for a request. It returns errMailLimited if there were too many mails to
-// the address, and errNoUser if nobody has the address for which a reset was asked.
-func (m *mailer) write(ctx context.Context, req *mailRequest) (letter, error) {
-	if err := m.limit(ctx, req); err != nil {
-		return letter{}, err
-	}
-	to := req.Address
-	if req.Kind == mailReset {
-		u, err := m.users.findUserByEmail(ctx, req.Address)
-		if err != nil {
-			return letter{}, err
+	defer m.letters.release()
+	err = m.try(req, m.senders, m.limits.sendPauses, func(ctx context.Context) error {
+		if time.Since(l.Date) > m.limits.age {
+			return errMailLate
 		}
-		req.User = u
-		to = u.Email // as it was signed up, not as somebody has typed it
-	}
-	if !isPlainAddress(to) {
-		return letter{}, fmt.Errorf("%w: the address is none that mail can be sent to",
-			errUndeliverable)
-	}
-
-	now := time.Now()
-	values := mailValues{
-		Site:  m.site,
-		Email: to,
-	}
-	if purpose, asked := linkPurposes[req.Kind]; asked {
-		values.Link = m.links.url(purpose, req.User, to, now)
-		values.Lifetime = lifetimeText(purpose.lifetime())
-	}
-	subject, body, err := m.texts.write(req.Kind, values)
-	if err != nil {
-		return letter{}, fmt.Errorf("%w: %v", errUndeliverable, err)
-	}
-	return letter{
-		ID:        rand.Text(),
-		Date:      now,
-		RequestID: req.RequestID,
-		Kind:      req.Kind,
-		To:        to,
-		Subject:   subject,
-		Body:      body,
-		Link:      values.Link,
-	}, nil
+		return m.transport.send(ctx, l)
+	})
+	m.settle(req, err)
 }
 
-// limit counts a request, once, and returns errMailLimited if it is one too many. Notices to a
-// verified address are not limited. If the address is not verified, its owner may not know of the
-// account, whose password a stranger could change again and again.
-func (m *mailer) limit(ctx context.Context, req *mailRequest) error {
-	if req.counted {
-		return nil
+// write returns the letter for a request, and the request with its user. It returns errMailLimited
+// if there were too many mails to the address, and errNoUser if nobody has the address for which a
+// reset was asked.
+func (m *mailer) write(req mailRequest) (mailRequest, letter, error) {
+	err := m.try(req, m.writers, m.limits.writePauses, func(ctx context.Context) error {
+		return m.limit(ctx, req)
+	})
+	if err != nil {
+		return req, letter{}, err
 	}
-	_, asked := linkPurposes[req.Kind]
+	var l letter
+	err = m.try(req, m.writers, m.limits.writePauses, func(ctx context.Context) error {
+		if req.Kind == mailReset {
+			u, err := m.users.findUserByEmail(ctx, req.Address)
+			if err != nil {
+				return err
+			}
+			req.User = u
+			req.Address = u.Email // as it was signed up, not as somebody has typed it
+		}
+		var err error
+		l, err = m.compose(req)
+		return err
+	})
+	return req, l, err
+}
+
+// limit counts a request. It returns errMailLimited if it is one too many. Notices to a verified
+// address are not limited. If the address is not verified, its owner may not know of the account,
+// whose password a stranger could change again and again.
+func (m *mailer) limit(ctx context.Context, req mailRequest) error {
+	address := normalizeEmail(req.Address)
 	allowed := true
 	var err error
 	switch {
-	case asked:
-		allowed, err = m.limiter.take(ctx, normalizeEmail(req.Address))
+	case req.Kind.isAsked():
+		allowed, err = m.limiter.take(ctx, address)
 	case !req.User.Verified:
-		allowed, err = m.limiter.takeNotice(ctx, normalizeEmail(req.Address))
+		allowed, err = m.limiter.takeNotice(ctx, address)
 	}
 	if err != nil {
 		return redisError("mail limit", err)
@@ -553,13 +567,42 @@ func (m *mailer) limit(ctx context.Context, req *mailRequest) error {
 	if !allowed {
 		return errMailLimited
 	}
-	req.counted = true
 	return nil
 }
 
-// try calls do when it is the request's turn. If do fails, and might not fail later, try calls it
-// again after each of the pauses. A shutdown ends the pause, and what fails then is not tried
-// again.
+// compose returns the letter for a request whose user is known.
+func (m *mailer) compose(req mailRequest) (letter, error) {
+	if !isPlainAddress(req.Address) {
+		return letter{}, fmt.Errorf("%w: the address cannot receive mail", errMailFinal)
+	}
+	now := time.Now()
+	values := mailValues{
+		Site:  m.site,
+		Email: req.Address,
+	}
+	if req.Kind.isAsked() {
+		purpose := linkPurposes[req.Kind]
+		values.Link = m.links.url(purpose, req.User, req.Address, now)
+		values.Lifetime = lifetimeText(purpose.lifetime())
+	}
+	subject, body, err := m.texts.write(req.Kind, values)
+	if err != nil {
+		return letter{}, fmt.Errorf("%w: %v", errMailFinal, err)
+	}
+	return letter{
+		ID:        rand.Text(),
+		Date:      now,
+		RequestID: req.RequestID,
+		Kind:      req.Kind,
+		To:        req.Address,
+		Subject:   subject,
+		Body:      body,
+		Link:      values.Link,
+	}, nil
+}
+
+// try calls do when it is the mail's turn. If do fails, and might not fail later, try calls it
+// again after each of the pauses. A shutdown ends a pause, and one more call follows.
 func (m *mailer) try(
 	req mailRequest,
 	turn slots,
@@ -585,39 +628,54 @@ func (m *mailer) try(
 	return m.tryOnce(turn, do)
 }
 
-// tryOnce calls do when it is the request's turn. It turns a panic into an error.
+// tryOnce calls do when it is the mail's turn. It turns a panic into an error.
 func (m *mailer) tryOnce(turn slots, do func(ctx context.Context) error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("%w: panic: %v\n%s", errUndeliverable, p, debug.Stack())
+			err = fmt.Errorf("%w: panic: %v\n%s", errMailFinal, p, debug.Stack())
 		}
 	}()
-	if err := turn.take(m.ctx); err != nil {
-		return err
+	ctx := m.ctx
+	select {
+	case turn <- struct{}{}:
+		defer turn.release()
+	case <-ctx.Done():
+		return errMailAborted
 	}
-	defer turn.release()
-	ctx, cancel := context.WithTimeout(m.ctx, m.limits.timeout)
+	ctx, cancel := context.WithTimeout(ctx, m.limits.timeout)
 	defer cancel()
-	return do(ctx)
+	err = do(ctx)
+	if err != nil && m.ctx.Err() != nil {
+		return fmt.Errorf("%w: %v", errMailAborted, err)
+	}
+	return err
 }
 
 // isFinal reports whether another try would fail like the one that returned err.
 func isFinal(err error) bool {
-	return errors.Is(err, errUndeliverable) ||
-		errors.Is(err, errMailLimited) ||
-		errors.Is(err, errNoUser)
+	for _, final := range []error{
+		errMailFinal, errMailLimited, errMailLate, errMailAborted, errNoUser,
+	} {
+		if errors.Is(err, final) {
+			return true
+		}
+	}
+	return false
 }
 
-// giveUp notes that a mail will not be sent.
-func (m *mailer) giveUp(req mailRequest, err error) {
+// settle notes what became of a mail in the end. err is nil if it was sent.
+func (m *mailer) settle(req mailRequest, err error) {
 	switch {
+	case err == nil:
+		m.note(req, mailSent, nil)
 	case errors.Is(err, errNoUser):
-		// There is no mail.
-	case m.ctx.Err() != nil:
-		// drain has counted it.
+		// There was never a mail.
 	case errors.Is(err, errMailLimited):
 		m.note(req, mailLimited, err)
-	case errors.Is(err, errMailQueueFull), errors.Is(err, errMailAborted):
+	case errors.Is(err, errMailQueueFull):
+		m.note(req, mailDropped, err)
+	case errors.Is(err, errMailAborted):
+		m.aborted.Add(1)
 		m.note(req, mailDropped, err)
 	default:
 		m.note(req, mailFailed, err)
@@ -636,10 +694,7 @@ func (m *mailer) note(req mailRequest, outcome mailOutcome, err error) {
 		attrs = append(attrs, slog.String("userId", req.User.ID))
 	}
 	level := slog.LevelInfo
-	switch outcome {
-	case mailFailed:
-		level = slog.LevelError
-	case mailRetried, mailDropped:
+	if outcome == mailRetried || outcome == mailFailed || outcome == mailDropped {
 		level = slog.LevelWarn
 	}
 	if err != nil {
@@ -648,57 +703,33 @@ func (m *mailer) note(req mailRequest, outcome mailOutcome, err error) {
 	m.log.LogAttrs(m.ctx, level, "mail", attrs...)
 }
 
-// drain accepts no more requests, and waits for the mails that are there. When ctx ends, it drops
-// the rest.
+// drain accepts no more requests, and waits for the mails that are there. When ctx ends, those that
+// are left are dropped.
 func (m *mailer) drain(ctx context.Context) {
 	close(m.draining)
-	dropped := m.requests.close(ctx) + m.letters.close(ctx)
+	stop := context.AfterFunc(ctx, m.cancel)
+	defer stop()
+	// Each mail gives its place back, at the latest when m.ctx has ended.
+	m.requests.takeAll()
+	m.letters.takeAll()
 	m.cancel()
-	if dropped > 0 {
-		m.outcomes[mailDropped].Add(uint64(dropped))
-		m.log.Warn("mails dropped, because the server shuts down", "count", dropped)
+	if n := m.aborted.Load(); n > 0 {
+		m.log.Warn("mails dropped, because the server shuts down", "count", n)
 	}
 }
 
-// slots is a number of places.
-type slots chan struct{}
+// Transports
 
-// tryTake takes a place. It reports whether there was one.
-func (s slots) tryTake() bool {
-	select {
-	case s <- struct{}{}:
-		return true
-	default:
-		return false
-	}
+// mailTransport sends letters.
+type mailTransport interface {
+	send(ctx context.Context, l letter) error
+
+	// check returns an error if no letter could be sent at the moment.
+	check(ctx context.Context) error
+
+	// canReach reports whether letters to this address can be sent, as far as is known.
+	canReach(address string) bool
 }
-
-// take takes a place, and waits for it until ctx ends.
-func (s slots) take(ctx context.Context) error {
-	select {
-	case s <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// release gives a place back.
-func (s slots) release() {
-	<-s
-}
-
-// close takes all places for good. It waits until ctx ends, and returns how many were still taken.
-func (s slots) close(ctx context.Context) int {
-	for taken := range cap(s) {
-		if !s.tryTake() && s.take(ctx) != nil {
-			return cap(s) - taken
-		}
-	}
-	return 0
-}
-
-// SMTP
 
 // logTransport writes letters to the log instead of sending them. It is for development, and the
 // only thing that ever logs a link.
@@ -706,8 +737,11 @@ type logTransport struct {
 	log *slog.Logger
 }
 
-func (t logTransport) send(_ context.Context, l letter) error {
-	t.log.Info("mail is logged, because SMTP_URL is not set",
+// send writes a letter past the level of the log, since it is lost otherwise.
+func (t logTransport) send(ctx context.Context, l letter) error {
+	const text = "mail is logged, because SMTP_URL is not set"
+	record := slog.NewRecord(time.Now(), slog.LevelInfo, text, 0)
+	record.Add(
 		"requestId", l.RequestID,
 		"kind", string(l.Kind),
 		"to", l.To,
@@ -715,7 +749,7 @@ func (t logTransport) send(_ context.Context, l letter) error {
 		"text", l.Body,
 		"link", l.Link,
 	)
-	return nil
+	return t.log.Handler().Handle(ctx, record)
 }
 
 func (logTransport) check(context.Context) error { return nil }
@@ -735,6 +769,11 @@ type smtpServer struct {
 func (s smtpServer) isLoopback() bool {
 	ip, err := netip.ParseAddr(s.host)
 	return s.host == "localhost" || err == nil && ip.IsLoopback()
+}
+
+// tlsConfig has the certificate of the mail server verified for its host.
+func (s smtpServer) tlsConfig() *tls.Config {
+	return &tls.Config{ServerName: s.host}
 }
 
 // smtpTransport sends letters through a mail server, each on a connection of its own.
@@ -757,110 +796,138 @@ func (t *smtpTransport) send(ctx context.Context, l letter) error {
 		return err
 	}
 	defer hangUp()
-	if !t.canReach(l.To) {
+	if takesUTF8, _ := client.Extension("SMTPUTF8"); !takesUTF8 && !isASCII(l.To) {
 		return fmt.Errorf("%w: the address is not in ASCII, and the mail server takes no other",
-			errUndeliverable)
+			errMailFinal)
 	}
 	if err := t.mailFrom(client, l.To); err != nil {
-		return smtpError("MAIL", err)
+		return refusal("MAIL", err)
 	}
 	if err := client.Rcpt(l.To); err != nil {
-		return smtpError("RCPT", err)
+		return refusal("RCPT", err)
 	}
 	body, err := client.Data()
 	if err != nil {
-		return smtpError("DATA", err)
+		return refusal("DATA", err)
 	}
 	if _, err := body.Write(l.encode(t.from)); err != nil {
-		return smtpError("message", err)
+		return refusal("message", err)
 	}
-	if err := body.Close(); err != nil {
-		return smtpError("message", err)
-	}
-	_ = client.Quit() // the letter has been accepted
-	return nil
+	return refusal("message", body.Close())
 }
 
 // check connects to the mail server. From then on it is known which addresses can be reached.
 func (t *smtpTransport) check(ctx context.Context) error {
-	client, hangUp, err := t.connect(ctx)
+	_, hangUp, err := t.connect(ctx)
 	if err != nil {
 		return err
 	}
-	defer hangUp()
-	return client.Quit()
+	hangUp()
+	return nil
 }
 
 // connect returns a client that has greeted the mail server, over TLS, and has authenticated. When
-// ctx ends, whatever waits for the mail server fails. The caller must call hangUp in the end.
+// ctx ends, whatever waits for the mail server fails. The caller must call hangUp in the end, which
+// says QUIT, as a client has to (RFC 5321 section 4.1.1.10), and waits briefly for the answer.
 func (t *smtpTransport) connect(ctx context.Context) (_ *smtp.Client, hangUp func(), _ error) {
 	address := net.JoinHostPort(t.server.host, t.server.port)
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, nil, err
 	}
 	stop := context.AfterFunc(ctx, func() {
-		_ = conn.SetDeadline(time.Unix(1, 0))
+		_ = raw.SetDeadline(time.Unix(1, 0))
 	})
-	hangUp = func() {
-		stop()
-		_ = conn.Close()
+	var conn net.Conn = &boundedConn{raw, maxReplyBytes}
+	if t.server.tls {
+		conn = tls.Client(conn, t.server.tlsConfig())
 	}
-	client, err := t.greet(&boundedConn{conn, maxReplyBytes})
+	client, err := smtp.NewClient(conn, t.server.host)
 	if err != nil {
+		stop()
+		_ = raw.Close()
+		return nil, nil, smtpError("greeting", err)
+	}
+	hangUp = func() {
+		if stop() { // ctx has not ended
+			_ = raw.SetDeadline(time.Now().Add(quitTimeout))
+		}
+		_ = client.Quit()
+		_ = raw.Close()
+	}
+	if err := t.greet(client, helloName(raw)); err != nil {
 		hangUp()
 		return nil, nil, err
 	}
 	return client, hangUp, nil
 }
 
-// greet begins the conversation with the mail server. Only a server on this machine may do without
-// TLS, so the password goes over no network in the clear.
-func (t *smtpTransport) greet(conn net.Conn) (*smtp.Client, error) {
-	config := &tls.Config{ServerName: t.server.host}
-	hello := helloName(conn)
-	if t.server.tls {
-		conn = tls.Client(conn, config)
-	}
-	client, err := smtp.NewClient(conn, t.server.host)
-	if err != nil {
-		return nil, smtpError("greeting", err)
-	}
+// greet says EHLO, and begins TLS and authenticates if that is due. Only a server on this machine
+// may do without TLS, so the password goes over no network in the clear.
+func (t *smtpTransport) greet(client *smtp.Client, hello string) error {
 	if err := client.Hello(hello); err != nil {
-		return nil, smtpError("EHLO", err)
+		return smtpError("EHLO", err)
 	}
 	offered, _ := client.Extension("STARTTLS")
 	switch {
 	case t.server.tls:
 	case offered:
-		if err := client.StartTLS(config); err != nil {
-			return nil, smtpError("STARTTLS", err)
+		if err := client.StartTLS(t.server.tlsConfig()); err != nil {
+			return smtpError("STARTTLS", err)
 		}
 	case !t.server.isLoopback():
-		return nil, errors.New("STARTTLS: the mail server does not offer it")
+		return errors.New("STARTTLS: the mail server does not offer it")
 	}
 	takesUTF8, _ := client.Extension("SMTPUTF8")
 	t.asciiOnly.Store(!takesUTF8)
 	if t.server.user == "" {
-		return client, nil
+		return nil
 	}
-	return client, t.authenticate(client)
+	return t.authenticate(client)
 }
 
 // authenticate logs in by PLAIN (RFC 4616), or by LOGIN if that is all that the server offers.
 func (t *smtpTransport) authenticate(client *smtp.Client) error {
 	_, offered := client.Extension("AUTH")
 	mechanisms := strings.Fields(strings.ToUpper(offered))
-	var auth smtp.Auth
+	user, password := t.server.user, t.server.password
+	auth := &smtpAuth{}
 	switch {
 	case slices.Contains(mechanisms, "PLAIN"):
-		auth = smtp.PlainAuth("", t.server.user, t.server.password, t.server.host)
+		auth.mechanism = "PLAIN"
+		auth.initial = []byte("\x00" + user + "\x00" + password)
 	case slices.Contains(mechanisms, "LOGIN"):
-		auth = &loginAuth{answers: []string{t.server.user, t.server.password}}
+		auth.mechanism = "LOGIN"
+		auth.answers = []string{user, password}
 	default:
 		return errors.New("AUTH: the mail server offers neither PLAIN nor LOGIN")
 	}
 	return smtpError("AUTH", client.Auth(auth))
+}
+
+// smtpAuth is a mechanism of authentication: what it sends at first, and what it answers to the
+// questions of the mail server. It does not ask for TLS, as those of net/smtp do, because greet has
+// done so.
+type smtpAuth struct {
+	mechanism string
+	initial   []byte
+	answers   []string
+}
+
+func (a *smtpAuth) Start(*smtp.ServerInfo) (string, []byte, error) {
+	return a.mechanism, a.initial, nil
+}
+
+func (a *smtpAuth) Next(_ []byte, more bool) ([]byte, error) {
+	if !more {
+		return nil, nil
+	}
+	if len(a.answers) == 0 {
+		return nil, errors.New("the mail server asks for more than user and password")
+	}
+	answer := a.answers[0]
+	a.answers = a.answers[1:]
+	return []byte(answer), nil
 }
 
 // mailFrom sends the command MAIL. The method of the client would ask for SMTPUTF8 whenever the
@@ -881,11 +948,16 @@ func (t *smtpTransport) mailFrom(client *smtp.Client, to string) error {
 	return err
 }
 
-// maxReplyBytes bounds what a mail server, or whoever poses as one before TLS, can make us read of
-// one conversation. Usual replies have 2 KB, and a chain of certificates has less than 20 KB.
-const maxReplyBytes = 256 << 10
+const (
+	// maxReplyBytes bounds what a mail server, or whoever poses as one before TLS, can make us read
+	// of one conversation. Usual replies have 2 KB, and a chain of certificates less than 20 KB.
+	maxReplyBytes = 256 << 10
 
-// boundedConn is a connection from which only so many bytes are left to be read.
+	// quitTimeout bounds the wait for the answer to QUIT. A mail counts as sent only after it.
+	quitTimeout = time.Second
+)
+
+// boundedConn is a connection that fails once left bytes have been read from it.
 type boundedConn struct {
 	net.Conn
 	left int
@@ -893,17 +965,20 @@ type boundedConn struct {
 
 func (c *boundedConn) Read(b []byte) (int, error) {
 	if c.left == 0 {
-		return 0, errors.New("the mail server says too much")
+		return 0, errors.New("the mail server has sent too much")
 	}
 	n, err := c.Conn.Read(b[:min(len(b), c.left)])
 	c.left -= n
 	return n, err
 }
 
-// helloName returns what this host calls itself to the mail server: its name if that is a domain,
+// hostForm matches a host's name with its domain (RFC 5321 section 2.3.5), and no IP address.
+var hostForm = regexp.MustCompile(`^([A-Za-z0-9-]+\.)+[A-Za-z][A-Za-z0-9-]*$`)
+
+// helloName returns what this host calls itself to the mail server: its name if that has a domain,
 // else its address (RFC 5321 section 4.1.3).
 func helloName(conn net.Conn) string {
-	if name, err := os.Hostname(); err == nil && strings.Contains(name, ".") {
+	if name, err := os.Hostname(); err == nil && hostForm.MatchString(name) {
 		return name
 	}
 	local, _ := netip.ParseAddrPort(conn.LocalAddr().String())
@@ -914,47 +989,33 @@ func helloName(conn net.Conn) string {
 	return "[" + ip.String() + "]"
 }
 
-// loginAuth is the mechanism LOGIN, which asks for the user and then for the password.
-type loginAuth struct {
-	answers []string
-}
-
-func (a *loginAuth) Start(*smtp.ServerInfo) (string, []byte, error) {
-	return "LOGIN", nil, nil
-}
-
-func (a *loginAuth) Next(_ []byte, more bool) ([]byte, error) {
-	if !more {
-		return nil, nil
-	}
-	if len(a.answers) == 0 {
-		return nil, errors.New("the mail server asks for more than user and password")
-	}
-	answer := a.answers[0]
-	a.answers = a.answers[1:]
-	return []byte(answer), nil
-}
-
 // enhancedCode matches the code that many replies have after the first one (RFC 3463).
 var enhancedCode = regexp.MustCompile(`^[245]\.[0-9]{1,3}\.[0-9]{1,3}\b`)
 
 // smtpError names the step that has failed. It keeps only the codes of a reply, because its text
-// may contain the address. If the reply is for good, the error is errUndeliverable. It returns nil
-// if err is nil.
+// may contain the address. It returns nil if err is nil.
 func smtpError(step string, err error) error {
 	var reply *textproto.Error
 	var malformed textproto.ProtocolError
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &reply):
+		enhanced := enhancedCode.FindString(reply.Msg)
+		return fmt.Errorf("%s: %s", step, strings.TrimSpace(fmt.Sprint(reply.Code, " ", enhanced)))
 	case errors.As(err, &malformed):
-		return fmt.Errorf("%s: the reply is no SMTP", step)
-	case !errors.As(err, &reply):
+		return fmt.Errorf("%s: the reply is not SMTP", step)
+	default:
 		return fmt.Errorf("%s: %v", step, err)
 	}
-	codes := strings.TrimSpace(strconv.Itoa(reply.Code) + " " + enhancedCode.FindString(reply.Msg))
-	if reply.Code >= 500 {
-		return fmt.Errorf("%w: %s: %s", errUndeliverable, step, codes)
+}
+
+// refusal is smtpError for a step that is about a letter. If the reply means that the mail server
+// will never take it, the error is errMailFinal.
+func refusal(step string, err error) error {
+	var reply *textproto.Error
+	if errors.As(err, &reply) && reply.Code >= 500 {
+		return fmt.Errorf("%w: %v", errMailFinal, smtpError(step, err))
 	}
-	return fmt.Errorf("%s: %s", step, codes)
+	return smtpError(step, err)
 }

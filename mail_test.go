@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/mail"
 	"net/textproto"
 	"regexp"
 	"strings"
@@ -184,11 +185,14 @@ func startMailer(t *testing.T, address string, limits mailLimits) (*mailer, *ser
 	logged := &server{t: t}
 	rdb := redisClient(t)
 	m := newMailer(mailParts{
-		transport: &smtpTransport{server: smtpServer{host: host, port: port}},
-		limiter:   &mailLimiter{fixedWindow{rdb, mailWindow}, maxMails},
-		texts:     texts,
-		log:       slog.New(slog.NewTextHandler(logged, nil)),
-		limits:    limits,
+		transport: &smtpTransport{
+			server: smtpServer{host: host, port: port},
+			from:   mail.Address{Address: "auth@example.com"},
+		},
+		limiter: &mailLimiter{fixedWindow{rdb, mailWindow}},
+		texts:   texts,
+		log:     slog.New(slog.NewTextHandler(logged, nil)),
+		limits:  limits,
 	})
 	t.Cleanup(m.cancel)
 	return m, logged
@@ -233,15 +237,28 @@ func silentServer(t *testing.T) (string, <-chan net.Conn) {
 	return listener.Addr().String(), accepted
 }
 
+// next waits for the next connection.
+func next(t *testing.T, accepted <-chan net.Conn) net.Conn {
+	t.Helper()
+	select {
+	case conn := <-accepted:
+		return conn
+	case <-time.After(time.Minute):
+		t.Fatal("nobody connects for a minute")
+		return nil
+	}
+}
+
 var patient = mailLimits{
 	queue:      2,
 	senders:    1,
 	timeout:    time.Minute,
+	age:        time.Minute,
 	sendPauses: []time.Duration{time.Minute, time.Minute},
 }
 
-// TestFullMailQueues checks that neither queue grows over its bound, and that the first one does
-// not wait for the mail server.
+// TestFullMailQueues checks that neither queue grows over its bound, and that a reset is accepted
+// even if the second one is full.
 func TestFullMailQueues(t *testing.T) {
 	address, accepted := silentServer(t)
 	m, _ := startMailer(t, address, patient)
@@ -250,21 +267,21 @@ func TestFullMailQueues(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	<-accepted // one is being sent, and the other waits for it
+	next(t, accepted) // one is being sent, and the other waits for it
 	eventually(t, "both wait for the mail server", func() bool { return len(m.requests) == 0 })
-	if err := m.enqueue(notice()); err != nil {
-		t.Errorf("the first queue is full because the second one is: %v", err)
+	if err := m.enqueue(notice()); err != errMailQueueFull {
+		t.Errorf("a third one: %v", err)
 	}
-	wantOutcomes(t, m, map[mailOutcome]uint64{mailDropped: 1})
 
 	m.writers.tryTake() // so that nothing leaves the first queue
+	reset := mailRequest{Kind: mailReset, Address: testUser.Email}
 	for range 2 {
-		if err := m.enqueue(notice()); err != nil {
-			t.Error(err)
+		if err := m.enqueue(reset); err != nil {
+			t.Errorf("the second queue shows in the answer to a reset: %v", err)
 		}
 	}
-	if err := m.enqueue(notice()); err != errMailQueueFull {
-		t.Errorf("a third request: %v", err)
+	if err := m.enqueue(reset); err != errMailQueueFull {
+		t.Errorf("a third reset: %v", err)
 	}
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailDropped: 2})
 }
@@ -300,7 +317,7 @@ func TestMailWaitsAlone(t *testing.T) {
 		if err := m.enqueue(notice()); err != nil {
 			t.Fatal(err)
 		}
-		(<-accepted).Close() // the first one waits a minute now
+		next(t, accepted).Close() // the first one waits a minute now
 	}
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 2})
 }
@@ -311,11 +328,33 @@ func TestMailTimeout(t *testing.T) {
 	limits := patient
 	limits.timeout = 10 * time.Millisecond
 	limits.sendPauses = nil
-	m, _ := startMailer(t, address, limits)
+	m, logged := startMailer(t, address, limits)
 	if err := m.enqueue(notice()); err != nil {
 		t.Fatal(err)
 	}
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailFailed: 1})
+	if !strings.Contains(logged.logged(), "i/o timeout") {
+		t.Errorf("the log is\n%s", logged.logged())
+	}
+}
+
+// TestLateMail checks that a mail is not sent any more if it has waited too long.
+func TestLateMail(t *testing.T) {
+	address, accepted := silentServer(t)
+	limits := patient
+	limits.age = time.Millisecond
+	m, logged := startMailer(t, address, limits)
+	m.senders.tryTake() // so that it waits
+	if err := m.enqueue(notice()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it waits for the mail server", func() bool { return len(m.letters) == 1 })
+	time.Sleep(2 * limits.age)
+	m.senders.release()
+	wantOutcomes(t, m, map[mailOutcome]uint64{mailFailed: 1})
+	if len(accepted) > 0 || !strings.Contains(logged.logged(), errMailLate.Error()) {
+		t.Errorf("%d connections; the log is\n%s", len(accepted), logged.logged())
+	}
 }
 
 // TestMailFlood checks that a mail server that never stops talking is cut off.
@@ -327,7 +366,7 @@ func TestMailFlood(t *testing.T) {
 	if err := m.enqueue(notice()); err != nil {
 		t.Fatal(err)
 	}
-	conn := <-accepted
+	conn := next(t, accepted)
 	for said := 0; ; said += 64 << 10 {
 		if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
 			break
@@ -380,7 +419,7 @@ func TestMailPanic(t *testing.T) {
 	if err := m.enqueue(notice()); err != nil {
 		t.Fatal(err)
 	}
-	<-accepted
+	next(t, accepted)
 }
 
 // TestMailDrain checks that a shutdown tries once more what waits, and waits no longer than it may.
@@ -392,9 +431,9 @@ func TestMailDrain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	(<-accepted).Close() // this one waits for its next try
+	next(t, accepted).Close() // this one waits for its next try
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 1})
-	<-accepted // this one is being sent
+	next(t, accepted) // this one is being sent
 
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
@@ -415,14 +454,14 @@ func TestMailDrainTries(t *testing.T) {
 	if err := m.enqueue(notice()); err != nil {
 		t.Fatal(err)
 	}
-	(<-accepted).Close()
+	next(t, accepted).Close()
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 1})
 	drained := make(chan struct{})
 	go func() {
 		m.drain(t.Context())
 		close(drained)
 	}()
-	(<-accepted).Close() // the second try
+	next(t, accepted).Close() // the second try
 	<-drained
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 1, mailDropped: 1})
 }
@@ -438,18 +477,18 @@ func TestSMTPError(t *testing.T) {
 		final bool
 	}{
 		{&textproto.Error{Code: 550, Msg: "5.1.1 <a@b.example>: no such user"},
-			"undeliverable: RCPT: 550 5.1.1", true},
+			"not to be tried again: RCPT: 550 5.1.1", true},
 		{&textproto.Error{Code: 421, Msg: "a@b.example is busy"}, "RCPT: 421", false},
 		{&textproto.Error{Code: 451, Msg: "4.7.1 Greylisted\na@b.example"}, "RCPT: 451 4.7.1", false},
-		{textproto.ProtocolError("short response: a@b.example"), "RCPT: the reply is no SMTP", false},
+		{textproto.ProtocolError("short response: a@b.example"), "RCPT: the reply is not SMTP", false},
 		{io.ErrUnexpectedEOF, "RCPT: unexpected EOF", false},
 	} {
-		got := smtpError("RCPT", test.err)
+		got := refusal("RCPT", test.err)
 		if got.Error() != test.text || isFinal(got) != test.final {
 			t.Errorf("%v becomes %v, final: %v", test.err, got, isFinal(got))
 		}
 	}
-	if smtpError("RCPT", nil) != nil {
+	if refusal("RCPT", nil) != nil {
 		t.Error("no error becomes one")
 	}
 }
@@ -497,6 +536,10 @@ func TestPlainAddress(t *testing.T) {
 		"a\x00@b.example":                 false,
 		"a\u200b@b.example":               false,
 		"a@b.example>":                    false,
+		"a@b_c.example":                   true,
+		"a@b/c.example":                   false,
+		"a@%":                             false,
+		"a@b..example":                    false,
 	} {
 		if got := isPlainAddress(address); got != want {
 			t.Errorf("%q is plain: %v", address, got)
@@ -504,14 +547,14 @@ func TestPlainAddress(t *testing.T) {
 	}
 }
 
-func TestLoginAuth(t *testing.T) {
-	a := &loginAuth{answers: []string{"user", "password"}}
+func TestSMTPAuth(t *testing.T) {
+	a := &smtpAuth{answers: []string{"user", "password"}}
 	for _, want := range []string{"user", "password"} {
 		if got, err := a.Next(nil, true); string(got) != want || err != nil {
 			t.Errorf("%q, %v", got, err)
 		}
 	}
-	if _, err := a.Next(nil, true); err == nil || errors.Is(err, errUndeliverable) {
+	if _, err := a.Next(nil, true); err == nil || errors.Is(err, errMailFinal) {
 		t.Errorf("a third question: %v", err)
 	}
 }

@@ -99,6 +99,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
@@ -271,13 +272,18 @@ const (
 	// mailSenders is how many mails are sent at the same time.
 	mailSenders = 2
 
-	// mailTimeout bounds one try to send a mail. Some mail servers let a client wait for 20 s
-	// before they greet it.
-	mailTimeout = 30 * time.Second
+	// mailTimeout bounds one try to write or to send a mail. Some mail servers let a client wait
+	// for 20 s before they greet it, and look at a mail for as long before they accept it. If they
+	// are given up too early, the mail arrives twice.
+	mailTimeout = time.Minute
+
+	// mailMaxAge is how old a mail may get before it is not sent any more. If the mail server is so
+	// slow, a link to reset a password has lost half of its time.
+	mailMaxAge = resetLifetime / 2
 
 	// mailFirstPause and mailSecondPause are the times from one of the three tries to send a mail
-	// to the next. The first is short, because a user waits for the mail. After both, a mail server
-	// accepts us that turns away unknown clients for the first five minutes.
+	// to the next. The first is short, because a user waits for the mail. Both together are longer
+	// than the five minutes for which many mail servers turn unknown clients away (greylisting).
 	mailFirstPause  = 5 * time.Second
 	mailSecondPause = 5 * time.Minute
 
@@ -397,18 +403,16 @@ func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 		}
 	}
 	select {
-	case err := <-failed:
-		return err
+	case err = <-failed:
 	case <-ctx.Done():
+		log.Info("shutting down")
+		app.draining.Store(true)
+		// Everything is still served. Meanwhile proxies see /readyz fail, and send no more.
+		time.Sleep(cfg.shutdownDelay)
 	}
-
-	log.Info("shutting down")
-	app.draining.Store(true)
-	// Everything is still served. Meanwhile proxies see /readyz fail, and send no more requests.
-	time.Sleep(cfg.shutdownDelay)
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cfg.shutdownTimeout)
 	defer cancel()
-	err = shutDown(ending, server, listener)
+	err = errors.Join(err, shutDown(ending, server, listener))
 	app.mails.drain(ending)
 	return err
 }
@@ -570,8 +574,29 @@ func newApp(
 		sameSite:     cfg.sameSite,
 	}
 	table := routes(handlers, s, draining)
-	if cfg.mail.isOn() {
+	if mails.isOn() {
 		table = append(table, mailRoutes(handlers)...)
+	}
+	return &app{
+		handler:  newRoot(cfg, log, m, rdb, draining, table),
+		metrics:  m,
+		mails:    mails,
+		draining: draining,
+	}, nil
+}
+
+// newRoot returns the handler of all requests.
+func newRoot(
+	cfg config,
+	log *slog.Logger,
+	m *metrics,
+	rdb redis.UniversalClient,
+	draining *atomic.Bool,
+	table []route,
+) http.Handler {
+	requests := &requestLimiter{
+		window: fixedWindow{rdb, cfg.rateWindow},
+		max:    cfg.rateMax,
 	}
 	mux := newMux(table, refuseCrossOrigin(cfg.origins))
 	pass := chain(
@@ -579,10 +604,10 @@ func newApp(
 		closeWhenDraining(draining),
 		matchRoute(mux),
 		cors(cfg.origins),
-		rateLimit(&requestLimiter{fixedWindow{rdb, cfg.rateWindow}, cfg.rateMax}, m),
+		rateLimit(requests, m),
 		refuseUnknown,
 	)
-	return &app{pass(mux), m, mails, draining}, nil
+	return pass(mux)
 }
 
 // mailPartsOf connects the parts of the mailer.
@@ -590,18 +615,16 @@ func mailPartsOf(cfg config, log *slog.Logger, s *store, rdb redis.UniversalClie
 	return mailParts{
 		transport: cfg.mail.transport(log),
 		users:     s,
-		limiter: &mailLimiter{
-			window: fixedWindow{rdb, mailWindow},
-			max:    maxMails,
-		},
-		links: cfg.links,
-		texts: cfg.mail.texts,
-		site:  cfg.mail.site,
-		log:   log,
+		limiter:   &mailLimiter{fixedWindow{rdb, mailWindow}},
+		links:     cfg.links,
+		texts:     cfg.mail.texts,
+		site:      cfg.mail.site,
+		log:       log,
 		limits: mailLimits{
 			queue:       mailQueue,
 			senders:     mailSenders,
 			timeout:     mailTimeout,
+			age:         mailMaxAge,
 			writePauses: []time.Duration{mailWritePause, mailWritePause},
 			sendPauses:  []time.Duration{mailFirstPause, mailSecondPause},
 		},
@@ -787,12 +810,15 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 func mailSamples(mails *mailer) []sample {
 	var samples []sample
 	for _, outcome := range mailOutcomes {
-		samples = append(samples, sample{
+		s := sample{
 			series: fmt.Sprintf("latchkey_mail_total{outcome=%q}", outcome),
 			value:  float64(mails.outcomes[outcome].Load()),
-		})
+		}
+		if len(samples) == 0 {
+			s.help = "Mails and tries to send them, by outcome."
+		}
+		samples = append(samples, s)
 	}
-	samples[0].help = "Mails and tries to send them, by outcome."
 	return samples
 }
 
@@ -1136,11 +1162,6 @@ type mailConfig struct {
 	site        string
 }
 
-// isOn reports whether there are mails.
-func (c mailConfig) isOn() bool {
-	return c.server != nil || c.development
-}
-
 // transport returns what sends the mails, or nil if there are none.
 func (c mailConfig) transport(log *slog.Logger) mailTransport {
 	switch {
@@ -1189,6 +1210,9 @@ func (e *environment) smtpServer() *smtpServer {
 		server.port = cmp.Or(u.Port(), "465")
 	}
 	server.password, _ = u.User.Password()
+	if strings.ContainsFunc(server.user+server.password, unicode.IsControl) {
+		e.fault("SMTP_URL", "must have no control characters in user and password")
+	}
 	return server
 }
 
@@ -1244,8 +1268,13 @@ func (e *environment) page(name, path string, origins []string) string {
 		return origins[0] + path
 	}
 	u, err := url.Parse(value)
-	isPage := err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != ""
-	if value != "" && (!isPage || u.User != nil || strings.Contains(value, "#")) {
+	isPage := err == nil &&
+		(u.Scheme == "https" || u.Scheme == "http") &&
+		u.Hostname() != "" &&
+		u.User == nil &&
+		u.String() == value && // nothing in it ends a link in a mail
+		!strings.Contains(value, "#")
+	if value != "" && !isPage {
 		e.fault(name, "must be the URL of a page without #, such as https://app.example.com%s",
 			path)
 	}

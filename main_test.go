@@ -690,11 +690,12 @@ var variables = map[string]string{
 	"BCRYPT_COST": `12|16 -> 11|17|x`,
 	"SMTP_URL": `|smtp://h|smtps://h|smtp://u:p@h:2525|smtps://u:top%40secret@h:1 -> ` +
 		`h|http://h|smtp:h|smtp://|smtp://:25|smtp://u@h|smtp://:top@h|smtp://h:x|smtp://h/x` +
-		`|smtp://h?x=1|smtp://h#x|smtp://u:top@secret@h|smtp://u:p@h:0|smtp://h:65536`,
+		`|smtp://h?x=1|smtp://h#x|smtp://u%00x:p@h|smtp://u:top@secret@h|smtp://u:p@h:0|smtp://h:65536`,
 	"MAIL_FROM": `|a@b.example|Ädä <a@b.example>|"A, B" <a@b.example> -> ` +
 		`a|a@|<a@b.example|a@b.example, c@d.example|é@b.example|a@[127.0.0.1]|A`,
 	"PASSWORD_RESET_URL": `|https://a.example/reset|http://localhost:3000/?page=reset -> ` +
-		`/reset|a.example|ftp://a.example|https://a.example/#/reset|https://u:p@a.example/|//a`,
+		`/reset|a.example|ftp://a.example|https://a.example/#/reset|https://u:p@a.example/|//a|https://:80/` +
+		`|https://a.example/x |https://a.example/x y|https://a.example/"><`,
 	"EMAIL_VERIFY_URL": `|https://a.example/verify -> verify|javascript:alert(1)`,
 	"MAIL_TEMPLATES":   `|mail.tmpl -> no-such-file|.|main.go`,
 	"METRICS_ADDR":     `|:9090|127.0.0.1:0|[::1]:9090 -> 9090|host|:99999|localhost:x`,

@@ -36,8 +36,8 @@ const (
 	// all addresses, and also the limit for one address and all accounts.
 	wideFactor = 10
 
-	// maxMails is how many mails can be asked for at one address within mailWindow. It is more than
-	// a user needs who does not find them, and too few to be a nuisance.
+	// maxMails is how many mails can be asked for at one address within mailWindow. A user who
+	// misses one or two can ask again, and they are too few to be a nuisance.
 	maxMails = 5
 
 	// noticeFactor times that is the limit for all mails to an address that is not verified.
@@ -202,34 +202,35 @@ func (l *loginLimiter) timeToUndo(ctx context.Context) (context.Context, context
 	return context.WithDeadline(context.WithoutCancel(ctx), deadline)
 }
 
-// forgivePair forgets the failures on an account from one address, without an attempt.
+// forgivePair forgets the failures on an account from one address, although nobody has logged in.
 func (l *loginLimiter) forgivePair(ctx context.Context, email string, ip netip.Addr) error {
 	if l.max == 0 {
 		return nil
 	}
+	ctx, cancel := l.timeToUndo(ctx)
+	defer cancel()
 	return l.window.giveBack(ctx, refund{pairKey(email, ip), l.max})
 }
 
-// mailLimiter limits the mails to one address that somebody asks for.
+// mailLimiter limits the mails to one address.
 type mailLimiter struct {
 	window fixedWindow
-	max    int
 }
 
-// take counts a mail to an address, whether or not it has an account. It reports whether the mail
-// is allowed.
+// take counts a mail that somebody asks for, whether or not the address has an account. It reports
+// whether the mail is allowed.
 func (l *mailLimiter) take(ctx context.Context, email string) (bool, error) {
-	return l.takeUpTo(ctx, email, l.max)
+	return l.takeUpTo(ctx, email, maxMails)
 }
 
 // takeNotice counts a mail that nobody has asked for. It is still allowed if the limit for the
 // others is used up.
 func (l *mailLimiter) takeNotice(ctx context.Context, email string) (bool, error) {
-	return l.takeUpTo(ctx, email, noticeFactor*l.max)
+	return l.takeUpTo(ctx, email, noticeFactor*maxMails)
 }
 
-func (l *mailLimiter) takeUpTo(ctx context.Context, email string, max int) (bool, error) {
-	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", max})
+func (l *mailLimiter) takeUpTo(ctx context.Context, email string, mails int) (bool, error) {
+	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", mails})
 	return left >= 0, err
 }
 

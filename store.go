@@ -389,8 +389,8 @@ func (s *store) deleteUser(ctx context.Context, u user, caller string) error {
 	})
 }
 
-// expectRow returns errStale if a statement matched no row, because the hash has been replaced or
-// the user was deleted.
+// expectRow returns errStale if a statement matched no row, because the user was changed or
+// deleted.
 func expectRow(operation string, tag pgconn.CommandTag, err error) error {
 	if err != nil {
 		return postgresError(operation, err)
@@ -505,9 +505,10 @@ func (s *store) run(
 	return script.Run(ctx, s.rdb, []string{index}, append([]any{command}, args...)...)
 }
 
-// digest shortens a password hash to 64 bits of its SHA-256, in hex. A session is bound to it.
-func digest(hash string) string {
-	sum := sha256.Sum256([]byte(hash))
+// digest shortens a text to 64 bits of its SHA-256, in hex. A session is bound to the digest of a
+// password hash.
+func digest(text string) string {
+	sum := sha256.Sum256([]byte(text))
 	return hex.EncodeToString(sum[:8])
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
 )
 
@@ -149,6 +150,58 @@ func TestRoundTrips(t *testing.T) {
 			t.Errorf("%s asks PostgreSQL %d times and Redis %d times, want %d and %d",
 				test.name, askedPostgres, askedRedis, test.postgres, test.redis)
 		}
+	}
+}
+
+// TestStaleUser checks that nothing is done to a user by what was read of it before its password or
+// its email was changed.
+func TestStaleUser(t *testing.T) {
+	c := signedUp(start(t, nil))
+	s := newStore(t)
+	current, err := s.findUserByID(t.Context(), c.claims().UserID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	otherHash, otherEmail := current, current
+	otherHash.PasswordHash += "x"
+	otherEmail.Email = "x" + current.Email
+	reset := func(u user) error { return s.resetPassword(t.Context(), u, "hash", true) }
+	change := func(u user) error {
+		_, err := s.changeEmail(t.Context(), u, "new-"+current.Email)
+		return err
+	}
+	verify := func(u user) error {
+		_, err := s.verifyEmail(t.Context(), u)
+		return err
+	}
+	for name, err := range map[string]error{
+		"reset, another hash":   reset(otherHash),
+		"reset, another email":  reset(otherEmail),
+		"change, another hash":  change(otherHash),
+		"change, another email": change(otherEmail),
+		"verify, another email": verify(otherEmail),
+	} {
+		if !errors.Is(err, errStale) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if after, err := s.findUserByID(t.Context(), current.ID); after != current || err != nil {
+		t.Errorf("the user is %+v, %v", after, err)
+	}
+}
+
+// newStore returns a store on the database and the Redis of the tests.
+func newStore(t *testing.T) *store {
+	t.Helper()
+	db, err := pgxpool.New(t.Context(), databaseURL(testDatabase))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	return &store{
+		db:              db,
+		rdb:             redisClient(t),
+		postgresTimeout: postgresTimeout,
 	}
 }
 

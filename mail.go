@@ -190,8 +190,8 @@ func (k mailKind) isAsked() bool {
 //go:embed mail.tmpl
 var mailTemplates string
 
-// mailValues are the values in a mail's text. Somebody who asks for a mail to another address cannot
-// add a word to it.
+// mailValues are the values in a mail's text. Somebody who asks for a mail to another address
+// cannot add a word to it.
 type mailValues struct {
 	Site     string // the host of the frontend
 	Email    string // the address that the mail goes to

@@ -318,9 +318,13 @@ func isPlainAddress(email string) bool {
 		!strings.ContainsFunc(email, isUnprintable)
 }
 
-// isUnprintable reports whether r is a space, a control character, or invisible.
+// isUnprintable reports whether r is a space, a control character, invisible, or the sign for a
+// character that was not valid.
 func isUnprintable(r rune) bool {
-	return unicode.IsSpace(r) || !unicode.IsGraphic(r)
+	return unicode.IsSpace(r) ||
+		!unicode.IsGraphic(r) ||
+		unicode.In(r, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) ||
+		r == unicode.ReplacementChar
 }
 
 func isASCII(text string) bool {
@@ -548,19 +552,21 @@ func (m *mailer) write(req mailRequest) (mailRequest, letter, error) {
 	return req, l, err
 }
 
-// limit counts a request. It returns errMailLimited if it is one too many. Notices to a verified
-// address are not limited. If the address is not verified, its owner may not know of the account,
-// whose password a stranger could change again and again.
+// limit counts a request. It returns errMailLimited if it is one too many.
 func (m *mailer) limit(ctx context.Context, req mailRequest) error {
-	address := normalizeEmail(req.Address)
-	allowed := true
-	var err error
+	most := maxMails
 	switch {
+	case req.Kind == mailChange:
+		most = maxChangeMails
 	case req.Kind.isAsked():
-		allowed, err = m.limiter.take(ctx, address)
-	case !req.User.Verified:
-		allowed, err = m.limiter.takeNotice(ctx, address)
+	case req.User.Verified:
+		return nil
+	default:
+		// The owner of an address that is not verified may not know of the account, whose password
+		// a stranger could change again and again.
+		most = maxNotices
 	}
+	allowed, err := m.limiter.take(ctx, normalizeEmail(req.Address), most)
 	if err != nil {
 		return redisError("mail limit", err)
 	}

@@ -40,8 +40,12 @@ const (
 	// misses one or two can ask again, and they are too few to be a nuisance.
 	maxMails = 5
 
-	// noticeFactor times that is the limit for all mails to an address that is not verified.
-	noticeFactor = 2
+	// maxChangeMails is the limit for mails to an address that an account is to change to. It
+	// leaves some of maxMails to the owner of that address, who may need to reset a password.
+	maxChangeMails = 3
+
+	// maxNotices is the limit for all mails to an address that is not verified, notices included.
+	maxNotices = 10
 
 	// mailWindow is an hour, in seconds.
 	mailWindow = 3600
@@ -217,20 +221,10 @@ type mailLimiter struct {
 	window fixedWindow
 }
 
-// take counts a mail that somebody asks for, whether or not the address has an account. It reports
-// whether the mail is allowed.
-func (l *mailLimiter) take(ctx context.Context, email string) (bool, error) {
-	return l.takeUpTo(ctx, email, maxMails)
-}
-
-// takeNotice counts a mail that nobody has asked for. It is still allowed if the limit for the
-// others is used up.
-func (l *mailLimiter) takeNotice(ctx context.Context, email string) (bool, error) {
-	return l.takeUpTo(ctx, email, noticeFactor*maxMails)
-}
-
-func (l *mailLimiter) takeUpTo(ctx context.Context, email string, mails int) (bool, error) {
-	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", mails})
+// take counts a mail to an address, whether or not it has an account. It reports whether the mail is
+// allowed, which it is if fewer than most were counted before.
+func (l *mailLimiter) take(ctx context.Context, email string, most int) (bool, error) {
+	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", most})
 	return left >= 0, err
 }
 

@@ -221,8 +221,8 @@ type mailLimiter struct {
 	window fixedWindow
 }
 
-// take counts a mail to an address, whether or not it has an account. It reports whether the mail is
-// allowed, which it is if fewer than most were counted before.
+// take counts a mail to an address, whether or not it has an account. It reports whether the mail
+// is allowed, which it is if fewer than most were counted before.
 func (l *mailLimiter) take(ctx context.Context, email string, most int) (bool, error) {
 	left, _, err := l.window.take(ctx, limit{"mail-limit:{" + emailHash(email) + "}", most})
 	return left >= 0, err

@@ -21,7 +21,8 @@ var notAddresses = []string{
 	"a\u00a0b@c.example", "a\u200bb@c.example", "Ada <a@b.example>", "<a@b.example>",
 	"a@b.example (A)", "a@b.example, c@d.example", "a@b.example,c@d.example",
 	"a@b.example;c@d.example", `"a b"@c.example`, `"a@b"@c.example`, "a@[127.0.0.1]",
-	"a@[IPv6:::1]",
+	"a@[IPv6:::1]", "a@b..example", "a@b.example.", "a@b!c.example", "a\u3164b@c.example",
+	"a\ufe0fb@c.example", "a\ufffdb@c.example",
 }
 
 var inputPromises = []promise{

@@ -1,10 +1,12 @@
 // Package integration runs Latchkey as its users run it: the image of its own Dockerfile, in
 // containers, against real PostgreSQL and Redis. It holds the image to the HTTP contract with the
-// suite in contract/, and tests what is about Docker, Compose, a Redis Cluster and a browser.
+// suite in contract/, and tests what is about Docker, Compose, a Redis Cluster, a browser and a mail
+// server.
 //
 //	go test -C integration -count=1 -timeout 15m ./...
 //
-// It needs a Docker engine on Linux, for the network of the host; the browser tests need Chromium.
+// It needs a Docker engine on Linux, for the network of the host. The browser tests need Chromium,
+// and the test of mails needs Postfix and root.
 package integration
 
 import (
@@ -119,7 +121,7 @@ func prepareAndRun(m *testing.M) (code int) {
 
 // wrapper is a script that runs the image in the network of the host, locked in, as if it were a
 // program of this machine: with exactly the environment that it is given, its output, signals and
-// exit status.
+// exit status. If SSL_CERT_FILE names a file, it is there too.
 func wrapper() string {
 	docker := ""
 	for name := range strings.FieldsSeq("PATH HOME DOCKER_HOST DOCKER_CONFIG DOCKER_CONTEXT") {
@@ -130,7 +132,8 @@ func wrapper() string {
 	return `#!/bin/sh
 flags=$(env | sed -n 's/^\([A-Z_]*\)=.*/\1/p' | grep -vx -e PWD -e SHLVL -e _ | sed 's/^/-e /')
 ` + docker + `exec docker run --rm --network host --read-only --cap-drop ALL \
-  --security-opt no-new-privileges $flags ` + image + ` "$@"
+  --security-opt no-new-privileges ${SSL_CERT_FILE:+--volume "$SSL_CERT_FILE:$SSL_CERT_FILE:ro"} \
+  $flags ` + image + ` "$@"
 `
 }
 

@@ -27,8 +27,7 @@ END $$;
 CREATE UNIQUE INDEX users_email_lower_key ON users (lower(email COLLATE "C"));
 
 -- migration: 0003 verified emails and disabled users
--- When the user has shown that the email is theirs, and when an operator has disabled the user. Both
--- are null at first. A backend that does not know them goes on working beside.
+-- Both columns are null at first. A backend that does not know them goes on working beside.
 ALTER TABLE users
     ADD COLUMN IF NOT EXISTS email_verified_at timestamptz,
     ADD COLUMN IF NOT EXISTS disabled_at       timestamptz;

@@ -389,11 +389,6 @@ func (s slots) tryTake() bool {
 	}
 }
 
-// isFull reports whether all places are taken.
-func (s slots) isFull() bool {
-	return len(s) == cap(s)
-}
-
 // release gives a place back.
 func (s slots) release() {
 	<-s
@@ -489,14 +484,13 @@ func (m *mailer) canReach(address string) bool {
 }
 
 // enqueue accepts a request, and does nothing else before it returns. If no mails are sent, it
-// ignores the request. It returns errMailQueueFull if too many wait. The second queue does not
-// matter for a reset, since whether there will be a letter must not show.
+// ignores the request. It returns errMailQueueFull if too many wait in the first queue. Whether the
+// second one is full must not show, because resets take places there, too.
 func (m *mailer) enqueue(req mailRequest) error {
 	if !m.isOn() {
 		return nil
 	}
-	full := req.Kind != mailReset && m.letters.isFull()
-	if full || !m.requests.tryTake() {
+	if !m.requests.tryTake() {
 		m.settle(req, errMailQueueFull)
 		return errMailQueueFull
 	}

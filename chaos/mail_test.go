@@ -19,8 +19,8 @@ const (
 	mailTail = 256 << 10
 
 	// mailLimit is how long a mail may take until it is in the log. If PostgreSQL is away at the
-	// first try, the next one is 5 s later. A busy machine may add as much.
-	mailLimit = 10 * time.Second
+	// first try, the next one is 10 s later. A busy machine may add as much.
+	mailLimit = 20 * time.Second
 
 	// mailQueue is how many mails the server lets wait for the mail server.
 	mailQueue = 1000

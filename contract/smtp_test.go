@@ -2,6 +2,8 @@ package contract
 
 import (
 	"fmt"
+	"net"
+	"net/textproto"
 	"regexp"
 	"slices"
 	"strings"
@@ -54,6 +56,8 @@ var smtpPromises = []promise{
 		sendsOverTLS},
 	{"nothing is told to a mail server without TLS on another host, or without a good certificate",
 		own, tellsNobodyElse},
+	{"nothing is told to a mail server that offers STARTTLS and then refuses it", own,
+		refusesTLS},
 	{"AUTH is PLAIN, or LOGIN where only that is offered, with what SMTP_URL has", own,
 		authenticates},
 	{"EHLO tells a name or an address, as RFC 5321 wants it", own, func(s *server) {
@@ -195,6 +199,60 @@ func tellsNobodyElse(s *server) {
 		sender.outcome("retried")
 		for _, command := range m.heard() {
 			s.expect(command == "EHLO", "%s: it was told %s", name, command)
+		}
+	}
+}
+
+// refusesTLS is about somebody on the way to the mail server, who would like to read the password.
+func refusesTLS(s *server) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		s.Fatal(err)
+	}
+	defer listener.Close()
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	told := make(chan []string, 100)
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			told <- refuseTLS(textproto.NewConn(conn))
+		}
+	}()
+	s = s.start(env{"SMTP_URL": "smtp://user:pass-phrase@0.0.0.0:" + port})
+	s.signup()
+	s.outcome("retried")
+	for range 2 { // at the start, and for the mail
+		for _, line := range <-told {
+			command, _, _ := strings.Cut(line, " ")
+			good := slices.Contains([]string{"EHLO", "STARTTLS", "QUIT"}, command)
+			s.expect(good, "it was told %s", line)
+		}
+	}
+}
+
+// refuseTLS is a mail server that offers STARTTLS and refuses it. It returns what it was told.
+func refuseTLS(conn *textproto.Conn) (told []string) {
+	defer conn.Close()
+	conn.PrintfLine("220 mail.promise.test")
+	for {
+		line, err := conn.ReadLine()
+		if err != nil {
+			return told
+		}
+		told = append(told, line)
+		switch command, _, _ := strings.Cut(line, " "); command {
+		case "EHLO":
+			conn.PrintfLine("250-mail.promise.test\r\n250-STARTTLS\r\n250 AUTH PLAIN LOGIN")
+		case "STARTTLS":
+			conn.PrintfLine("454 4.7.0 not now")
+		case "QUIT":
+			conn.PrintfLine("221 2.0.0 bye")
+			return told
+		default:
+			conn.PrintfLine("250 2.0.0 very well")
 		}
 	}
 }

@@ -40,9 +40,9 @@ const (
 	// misses one or two can ask again, and they are too few to be a nuisance.
 	maxMails = 5
 
-	// maxChangeMails is the limit for mails to an address that an account is to change to. It
-	// leaves some of maxMails to the owner of that address, who may need to reset a password.
-	maxChangeMails = 3
+	// maxChangeMails is the limit for mails to an address that an account is to change to. Whoever
+	// has them sent to somebody else's address leaves its owner one to reset a password with.
+	maxChangeMails = maxMails - 1
 
 	// maxNotices is the limit for all mails to an address that is not verified, notices included.
 	maxNotices = 10

@@ -849,10 +849,11 @@ func (t *smtpTransport) connect(ctx context.Context) (_ *smtp.Client, hangUp fun
 		return nil, nil, smtpError("greeting", err)
 	}
 	hangUp = func() {
-		if stop() { // ctx has not ended
+		if ctx.Err() == nil {
 			_ = raw.SetDeadline(time.Now().Add(quitTimeout))
 		}
 		_ = client.Quit()
+		stop()
 		_ = raw.Close()
 	}
 	if err := t.greet(client, helloName(raw)); err != nil {

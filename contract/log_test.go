@@ -46,8 +46,9 @@ func (s *server) assertFreeOfSecrets(log string) {
 			secrets = append(secrets, value)
 		}
 		if u, err := url.Parse(value); err == nil && u.User != nil {
-			password, _ := u.User.Password()
-			secrets = append(secrets, password, u.User.String())
+			if password, given := u.User.Password(); given {
+				secrets = append(secrets, password, u.User.String())
+			}
 		}
 	}
 	for _, secret := range secrets {

@@ -27,7 +27,8 @@ import (
 )
 
 const (
-	mailSender   = `"Lätchkey, Inc." <noreply@mail.promise.test>`
+	mailSender = `"Lätchkey, die Anmeldung für alle, die keine eigene bauen mögen" ` +
+		`<noreply@mail.promise.test>`
 	smtpUser     = "mailer@promise.test"
 	smtpPassword = "smtp-pass:/@?#%word"
 )
@@ -39,7 +40,7 @@ type mailServer struct {
 	implicitTLS bool             // TLS at once, not by STARTTLS
 	mechanisms  []string         // of AUTH, without which it takes no mails if there are any
 	ascii       bool             // no SMTPUTF8
-	port        string           // of 127.0.0.1; a free one if empty
+	port        string           // of 127.0.0.1; at first empty for any
 
 	// answer is asked at EHLO, AUTH, MAIL, RCPT and DATA, at the last two with the recipient. It
 	// may refuse with an *smtp.SMTPError, return errCut at DATA, or wait.
@@ -84,19 +85,17 @@ func (s *server) startMailServer(m *mailServer) *mailServer {
 }
 
 func (m *mailServer) serve() error {
-	if m.port == "" {
-		m.port = freePort()
-	}
 	m.changed = make(chan struct{})
 	m.smtp = smtp.NewServer(m)
 	m.smtp.Domain = "mail.promise.test"
 	m.smtp.AllowInsecureAuth = true // a client must not use it, which is what is tested
 	m.smtp.EnableSMTPUTF8 = !m.ascii
 	m.smtp.ErrorLog = log.New(io.Discard, "", 0) // clients that hang up are what is tested
-	listener, err := net.Listen("tcp", "127.0.0.1:"+m.port)
+	listener, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", m.port))
 	if err != nil {
 		return err
 	}
+	_, m.port, _ = net.SplitHostPort(listener.Addr().String())
 	if m.certificate != nil {
 		config := &tls.Config{Certificates: []tls.Certificate{*m.certificate}}
 		if m.implicitTLS {

@@ -118,6 +118,16 @@ var linkPromises = []promise{
 		moves},
 	{"change: a taken address is told at the click only, and then nothing changes", own,
 		movesToTaken},
+	{"change: an address that changes only its case is told nothing", own, func(s *server) {
+		s = s.start(nil)
+		c := s.signup()
+		c.verifyToken()
+		s.exec("UPDATE users SET email = upper(email) WHERE id = $1", c.id)
+		s.send(verifyOf(c.moveToken(c.email))).ok()
+		row := s.query("SELECT email FROM users WHERE id = $1", c.id)
+		s.expect(row == c.email, "the address is %s, want %s", row, c.email)
+		s.assertNoMail(c.email, strings.ToUpper(c.email))
+	}},
 	{"change: of a change to an address and a signup with it exactly one succeeds", own,
 		func(s *server) {
 			for range rounds {

@@ -54,6 +54,16 @@ func once(at string, err error) func(command, to string) error {
 var smtpPromises = []promise{
 	{"smtps:// is TLS at once and smtp:// is STARTTLS, where the certificate verifies", own,
 		sendsOverTLS},
+	{"the ports are 465 for smtps:// and 587 for smtp://, unless SMTP_URL has another", own,
+		func(s *server) {
+			for scheme, port := range map[string]string{"smtps": "465", "smtp": "587"} {
+				// Nobody listens on this address.
+				sender := s.start(env{"SMTP_URL": scheme + "://127.86.53.9"})
+				sender.signup()
+				line := sender.outcome("retried")
+				s.expect(strings.Contains(line, "127.86.53.9:"+port), "%s: %s", scheme, line)
+			}
+		}},
 	{"nothing is told to a mail server without TLS on another host, or without a good certificate",
 		own, tellsNobodyElse},
 	{"nothing is told to a mail server that offers STARTTLS and then refuses it", own,
@@ -335,6 +345,9 @@ func (s *server) answersAll() *client {
 func changesNoAnswer(s *server) {
 	m := &mailServer{port: freePort()} // which does not serve yet
 	s = s.startWith(m, "smtp", "127.0.0.1", nil)
+	s.eventually(5*time.Second, "the log warns at the start", func() bool {
+		return strings.Contains(s.log(), "WARN")
+	})
 	c := s.answersAll()
 	s.outcome("retried")
 	s.startMailServer(m)
@@ -420,6 +433,8 @@ func dropsAtTheEnd(s *server) {
 	s.expect(took <= 2*time.Second, "the end came after %v", took)
 	s.expect(regexp.MustCompile(`(?m)^.*dropped.*\b7\b.*$`).MatchString(s.log()),
 		"the log does not say that 7 mails were dropped:\n%s", tail(s.log(), 3))
+	n := strings.Count(s.log(), "outcome=dropped")
+	s.expect(n == 7, "%d of them have a line of their own", n)
 }
 
 func fillsTheQueue(s *server) {

@@ -43,7 +43,8 @@ const claimsOf = (token) => decode(token.split('.')[1]);
 /** The email address in the token of a link, to be shown to whoever opened it, or ''. Only the server can verify it. */
 export function emailOf(linkToken) {
   try {
-    return decode(linkToken.split('.')[0]).email ?? '';
+    const { email } = decode(linkToken.split('.')[0]);
+    return typeof email === 'string' ? email : '';
   } catch {
     return '';
   }

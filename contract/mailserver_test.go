@@ -27,8 +27,8 @@ import (
 )
 
 const (
-	mailSender = `"Lätchkey, die Anmeldung für alle, die keine eigene bauen mögen" ` +
-		`<noreply@mail.promise.test>`
+	mailSender = `"Lätchkey, die Anmeldung für alle, die keine eigene bauen mögen, und ` +
+		`ihre Leute" <noreply@mail.promise.test>`
 	smtpUser     = "mailer@promise.test"
 	smtpPassword = "smtp-pass:/@?#%word"
 )

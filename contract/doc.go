@@ -7,7 +7,8 @@
 //	DATABASE_URL=… REDIS_URL=… go test -C contract -count=1 ./...
 //
 // where LATCHKEY_BINARY may name another executable to start. Each test starts the servers that it
-// needs as processes, and uses databases of its own, which it drops, and Redis keys of its own.
+// needs as processes, and uses databases of its own, which it drops, and Redis keys of its own. The
+// servers send their mails to mail servers on this machine, which are a part of the tests.
 //
 // A server that is already running is asked by its URL:
 //

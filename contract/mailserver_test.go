@@ -49,7 +49,7 @@ type mailServer struct {
 	smtp     *smtp.Server
 	mutex    sync.Mutex
 	messages []*message    // that no test has taken yet
-	refused  []*message    // that were read and not accepted
+	refused  []*message    // see turnedAway
 	changed  chan struct{} // closed when a message arrives
 	commands []string      // all that it was told, as "RCPT ada@example.com"
 }
@@ -178,6 +178,13 @@ func (m *mailServer) left(to ...string) []*message {
 	return slices.DeleteFunc(slices.Clone(m.messages), func(x *message) bool {
 		return len(to) > 0 && !slices.Contains(to, x.to)
 	})
+}
+
+// turnedAway are the messages that were read and not accepted.
+func (m *mailServer) turnedAway() []*message {
+	m.mutex.Lock()
+	defer m.mutex.Unlock()
+	return slices.Clone(m.refused)
 }
 
 // NewSession makes the server a backend of go-smtp.

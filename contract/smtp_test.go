@@ -316,12 +316,12 @@ func sendsOnceMore(s *server) {
 		took := time.Since(x.began)
 		s.expect(took >= 4900*time.Millisecond && took <= 10*time.Second, "%s: %v", name, took)
 		x.s.outcome("sent")
-		for _, before := range x.mails.refused {
+		for _, before := range x.mails.turnedAway() {
 			s.expect(before.raw == sent.raw, "%s: first\n%s\nthen\n%s", name, before.raw, sent.raw)
 		}
 		s.expect(len(x.mails.left()) == 0, "%s: it has come twice", name)
 	}
-	refused := len(tries["refused at DATA"].mails.refused)
+	refused := len(tries["refused at DATA"].mails.turnedAway())
 	s.expect(refused == 1, "%d messages were refused, want 1", refused)
 }
 

@@ -79,8 +79,12 @@ var linkPromises = []promise{
 	{"reset: a disabled account stays disabled", own, func(s *server) {
 		c := s.signup()
 		token := c.resetToken()
-		s.exec("UPDATE users SET disabled_at = now() WHERE id = $1", c.id)
+		s.exec("UPDATE users SET disabled_at = now(), email_verified_at = $1 WHERE id = $2",
+			time.Unix(0, 0), c.id)
 		s.send(resetOf(token, newPassword())).ok()
+		since := s.query("SELECT extract(epoch FROM email_verified_at)::int::text "+
+			"FROM users WHERE id = $1", c.id)
+		s.expect(since == "0", "the address is verified anew")
 		still := s.query("SELECT (disabled_at IS NOT NULL)::text FROM users WHERE id = $1", c.id)
 		s.expect(still == "true", "the reset has enabled the account")
 	}},
@@ -107,7 +111,12 @@ var linkPromises = []promise{
 		s.fails(2, c.email, other)
 		c.tryLogin().refused("too_many_attempts")
 		reset := resetOf(c.resetToken(), c.password)
+		guesses := func() string {
+			return s.stores.redis.Get(s.Context(), s.accountKey(other)).Val()
+		}
+		before := guesses()
 		s.send(reset.ip(c.ip)).ok()
+		s.expect(guesses() == before, "of %s guesses from all IPs %s are left", before, guesses())
 		c.tryLogin().ok()
 		s.tryLogin(c.email, c.password, other).refused("too_many_attempts")
 	}},

@@ -173,4 +173,9 @@ func logsRequests(s *server) {
 	line := s.logLine(s.guess(c.email, newIP()))
 	s.expect(line["userId"] == c.id && line["sessionId"] == nil,
 		"a failed login on an account is logged as %v", line)
+	for purpose, token := range c.links() {
+		line := s.logLine(s.send(c.using(purpose)(token)))
+		s.expect(line["userId"] == c.id && line["sessionId"] == nil,
+			"a link to %s is logged as %v", purpose, line)
+	}
 }

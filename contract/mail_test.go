@@ -21,19 +21,11 @@ func (s *server) mailKey(email string) string {
 	return "mail-limit:" + hash
 }
 
-// counted is how many mails at an address were asked for.
-func (s *server) counted(email string) string {
-	n, err := s.stores.redis.Get(s.Context(), s.mailKey(email)).Result()
-	if err != nil {
-		return err.Error()
-	}
-	return n
-}
-
 // isCounted waits until so many mails at an address were asked for.
 func (s *server) isCounted(email string, want int) {
+	key := s.mailKey(email)
 	s.eventually(5*time.Second, fmt.Sprintf("%d mails to %s are counted", want, email),
-		func() bool { return s.counted(email) == fmt.Sprint(want) })
+		func() bool { return s.stores.redis.Get(s.Context(), key).Val() == fmt.Sprint(want) })
 }
 
 // The form of a message is held on every one, see assertMessage.
@@ -49,13 +41,19 @@ var mailPromises = []promise{
 			c := s.signup()
 			c.links()
 			m.setAnswer(once("RCPT", refusal(554)))
-			c.verification().want(202)
+			asked := c.verification().want(202)
 			line := s.outcome("failed")
 			for _, part := range []string{
-				`"kind":"verify"`, `"userId":"` + c.id + `"`, `"requestId":"`, "554 5.7.1",
+				`"kind":"verify"`, `"userId":"` + c.id + `"`, `"level":"WARN"`, "554 5.7.1",
+				`"requestId":"` + asked.Header.Get("X-Request-Id") + `"`,
 			} {
 				s.expect(strings.Contains(line, part), "there is no %s in %s", part, line)
 			}
+			asked = s.send(forgotOf(c.email)).want(202)
+			s.mailTo(c.email, toReset)
+			s.eventually(5*time.Second, "the mail is logged with its request", func() bool {
+				return strings.Count(s.log(), asked.Header.Get("X-Request-Id")) == 2
+			})
 		}},
 	{"links start with the first FRONTEND_URL, whatever the request says", own, linksToFrontend},
 	{"PASSWORD_RESET_URL and EMAIL_VERIFY_URL are what the links start with", own,
@@ -274,10 +272,14 @@ func linksToFrontend(s *server) {
 		page, token := m.link()
 		s.expect(page == "https://first.promise.test/reset-password", "the link is to %s", page)
 		texts[strings.ReplaceAll(m.text, token, "")] = true
+		subject := m.header.Get("Subject")
+		s.expect(strings.HasSuffix(subject, " first.promise.test"), "Subject is %q", subject)
 	}
 	s.expect(len(texts) == 1, "the texts differ: %v", texts)
 	c.verification().want(202)
-	page, _ := s.mailTo(c.email, toVerify).link()
+	m := s.mailTo(c.email, toVerify)
+	s.expect(strings.Contains(m.text, "24 hours"), "the text is\n%s", m.text)
+	page, _ := m.link()
 	s.expect(page == "https://first.promise.test/verify-email", "the link is to %s", page)
 }
 
@@ -362,7 +364,7 @@ func templates(reset string) string {
 // file is the name of a file with this text.
 func (s *server) file(text string) string {
 	name := filepath.Join(s.TempDir(), "templates")
-	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
 		s.Fatal(err)
 	}
 	return name
@@ -455,6 +457,7 @@ func countsMails(s *server) {
 	for _, kind := range []string{"later.", "never."} {
 		s.trySignup(kind+newEmail(), newPassword()).ok()
 	}
+	s.send(forgotOf(newEmail())).want(202) // for which there is no mail
 	for range 6 {
 		s.send(forgotOf(c.email)).want(202)
 	}

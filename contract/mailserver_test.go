@@ -353,7 +353,7 @@ func trusted(t *testing.T) env {
 	file := filepath.Join(t.TempDir(), "authority.pem")
 	der := testAuthority().certificate.Raw
 	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	if err := os.WriteFile(file, text, 0o600); err != nil {
+	if err := os.WriteFile(file, text, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	return env{"SSL_CERT_FILE": file}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -254,7 +255,7 @@ var patient = mailLimits{
 	senders:    1,
 	timeout:    time.Minute,
 	age:        time.Minute,
-	sendPauses: []time.Duration{time.Minute, time.Minute},
+	sendPauses: []time.Duration{time.Hour, time.Hour},
 }
 
 // TestFullMailQueues checks that neither queue grows over its bound, and that it does not show
@@ -404,6 +405,36 @@ func TestMailWithoutPostgres(t *testing.T) {
 	})
 }
 
+// TestUnansweredQuit checks that a mail counts as sent even if nobody answers QUIT.
+func TestUnansweredQuit(t *testing.T) {
+	address, accepted := silentServer(t)
+	limits := patient
+	limits.timeout = time.Hour
+	m, _ := startMailer(t, address, limits)
+	if err := m.enqueue(notice()); err != nil {
+		t.Fatal(err)
+	}
+	conn := next(t, accepted)
+	fmt.Fprint(conn, "220 ready\r\n")
+	replies := map[string]string{
+		"EHLO": "250",
+		"MAIL": "250",
+		"RCPT": "250",
+		"DATA": "354",
+		".":    "250",
+	}
+	for lines := bufio.NewScanner(conn); lines.Scan(); {
+		command, _, _ := strings.Cut(lines.Text(), " ")
+		if code, known := replies[command]; known {
+			fmt.Fprint(conn, code, " ok\r\n")
+		}
+		if command == "QUIT" {
+			break
+		}
+	}
+	wantOutcomes(t, m, map[mailOutcome]uint64{mailSent: 1})
+}
+
 // TestMailPanic checks that a panic loses one mail and nothing else.
 func TestMailPanic(t *testing.T) {
 	address, accepted := silentServer(t)
@@ -479,8 +510,10 @@ func TestSMTPError(t *testing.T) {
 		{&textproto.Error{Code: 550, Msg: "5.1.1 <a@b.example>: no such user"},
 			"not to be tried again: RCPT: 550 5.1.1", true},
 		{&textproto.Error{Code: 421, Msg: "a@b.example is busy"}, "RCPT: 421", false},
-		{&textproto.Error{Code: 451, Msg: "4.7.1 Greylisted\na@b.example"}, "RCPT: 451 4.7.1", false},
-		{textproto.ProtocolError("short response: a@b.example"), "RCPT: the reply is not SMTP", false},
+		{&textproto.Error{Code: 451, Msg: "4.7.1 Greylisted\na@b.example"},
+			"RCPT: 451 4.7.1", false},
+		{textproto.ProtocolError("short response: a@b.example"),
+			"RCPT: the reply is not SMTP", false},
 		{io.ErrUnexpectedEOF, "RCPT: unexpected EOF", false},
 	} {
 		got := refusal("RCPT", test.err)

@@ -770,6 +770,12 @@ func TestDeadlines(t *testing.T) {
 		"a request with the costliest hashes": {longest(maxBcryptCost), writeTimeout},
 		"a silent Redis":                      {redisPoolTimeout + redisTimeout, time.Second},
 		"a silent PostgreSQL":                 {postgresTimeout, 2 * time.Second},
+		"a try to send, greeted after 20 s":   {20 * time.Second, mailTimeout},
+		"greylisting":                         {5 * time.Minute, mailFirstPause + mailSecondPause},
+		"the last try to send": {
+			mailFirstPause + mailSecondPause + 3*mailTimeout, mailMaxAge,
+		},
+		"a mail on its way": {mailMaxAge + mailTimeout, resetLifetime},
 	} {
 		if sum.got >= sum.limit {
 			t.Errorf("%s takes up to %v, want less than %v", name, sum.got, sum.limit)

@@ -844,7 +844,7 @@ func TestBrowserReset(t *testing.T) {
 	if x.cookie() != nil {
 		t.Error("the cookie outlives the reset")
 	}
-	s.mails.take(ada, "was changed just now")
+	s.mails.take(ada, "has just been changed")
 	opened.click("#done a")
 	opened.login(ada, changed)
 	x.signedIn(ada)

@@ -121,7 +121,7 @@ func prepareAndRun(m *testing.M) (code int) {
 
 // wrapper is a script that runs the image in the network of the host, locked in, as if it were a
 // program of this machine: with exactly the environment that it is given, its output, signals and
-// exit status. If SSL_CERT_FILE names a file, it is there too.
+// exit status. The files that variables name are there too.
 func wrapper() string {
 	docker := ""
 	for name := range strings.FieldsSeq("PATH HOME DOCKER_HOST DOCKER_CONFIG DOCKER_CONTEXT") {
@@ -131,9 +131,11 @@ func wrapper() string {
 	}
 	return `#!/bin/sh
 flags=$(env | sed -n 's/^\([A-Z_]*\)=.*/\1/p' | grep -vx -e PWD -e SHLVL -e _ | sed 's/^/-e /')
+for file in "$SSL_CERT_FILE" "$MAIL_TEMPLATES"; do
+  [ ! -f "$file" ] || flags="$flags --volume $file:$file:ro"
+done
 ` + docker + `exec docker run --rm --network host --read-only --cap-drop ALL \
-  --security-opt no-new-privileges ${SSL_CERT_FILE:+--volume "$SSL_CERT_FILE:$SSL_CERT_FILE:ro"} \
-  $flags ` + image + ` "$@"
+  --security-opt no-new-privileges $flags ` + image + ` "$@"
 `
 }
 

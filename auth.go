@@ -537,7 +537,7 @@ func (a *auth) verifyEmail(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if u.Email != normalizeEmail(before.Email) { // not if only the case was changed
+	if normalizeEmail(u.Email) != normalizeEmail(before.Email) {
 		_ = a.sendMail(r, mailEmailChanged, before, before.Email)
 	}
 	return writeJSON(w, http.StatusOK, verifyAnswer{

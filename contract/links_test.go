@@ -137,6 +137,16 @@ var linkPromises = []promise{
 		s.expect(row == c.email, "the address is %s, want %s", row, c.email)
 		s.assertNoMail(c.email, strings.ToUpper(c.email))
 	}},
+	{"verify: an address that is stored in upper case is told of no change", own, func(s *server) {
+		s = s.start(nil)
+		c := s.signup()
+		c.verifyToken()
+		stored := strings.ToUpper(c.email)
+		s.exec("UPDATE users SET email = $1 WHERE id = $2", stored, c.id)
+		c.verification().want(202)
+		s.send(verifyOf(s.mailTo(stored, toVerify).token())).ok()
+		s.assertNoMail(c.email, stored)
+	}},
 	{"change: of a change to an address and a signup with it exactly one succeeds", own,
 		func(s *server) {
 			for range rounds {

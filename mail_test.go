@@ -206,6 +206,14 @@ func notice() mailRequest {
 	return mailRequest{Kind: mailPasswordChanged, User: u, Address: u.Email}
 }
 
+// accept asks for a mail, which must find a place in the first queue.
+func accept(t *testing.T, m *mailer, req mailRequest) {
+	t.Helper()
+	if err := m.enqueue(req); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // wantOutcomes waits until the mailer has counted these.
 func wantOutcomes(t *testing.T, m *mailer, want map[mailOutcome]uint64) {
 	t.Helper()
@@ -264,9 +272,7 @@ func TestFullMailQueues(t *testing.T) {
 	address, accepted := silentServer(t)
 	m, _ := startMailer(t, address, patient)
 	for range 2 {
-		if err := m.enqueue(notice()); err != nil {
-			t.Error(err)
-		}
+		accept(t, m, notice())
 	}
 	next(t, accepted) // one is being sent, and the other waits for it
 	eventually(t, "both wait for the mail server", func() bool { return len(m.requests) == 0 })
@@ -277,9 +283,7 @@ func TestFullMailQueues(t *testing.T) {
 
 	m.writers.tryTake() // so that nothing leaves the first queue
 	for range 2 {
-		if err := m.enqueue(notice()); err != nil {
-			t.Error(err)
-		}
+		accept(t, m, notice())
 	}
 	if err := m.enqueue(notice()); err != errMailQueueFull {
 		t.Errorf("a third request: %v", err)
@@ -292,9 +296,7 @@ func TestMailTries(t *testing.T) {
 	limits := patient
 	limits.sendPauses = []time.Duration{time.Millisecond, time.Millisecond}
 	m, logged := startMailer(t, closedPort(t), limits)
-	if err := m.enqueue(notice()); err != nil {
-		t.Fatal(err)
-	}
+	accept(t, m, notice())
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 2, mailFailed: 1})
 	eventually(t, "its place is free", func() bool { return len(m.letters) == 0 })
 	if strings.Count(logged.logged(), "connection refused") != 3 {
@@ -315,10 +317,8 @@ func TestMailWaitsAlone(t *testing.T) {
 	address, accepted := silentServer(t)
 	m, _ := startMailer(t, address, patient)
 	for range 2 {
-		if err := m.enqueue(notice()); err != nil {
-			t.Fatal(err)
-		}
-		next(t, accepted).Close() // the first one waits a minute now
+		accept(t, m, notice())
+		next(t, accepted).Close() // the first one waits an hour now
 	}
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 2})
 }
@@ -330,9 +330,7 @@ func TestMailTimeout(t *testing.T) {
 	limits.timeout = 10 * time.Millisecond
 	limits.sendPauses = nil
 	m, logged := startMailer(t, address, limits)
-	if err := m.enqueue(notice()); err != nil {
-		t.Fatal(err)
-	}
+	accept(t, m, notice())
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailFailed: 1})
 	if !strings.Contains(logged.logged(), "i/o timeout") {
 		t.Errorf("the log is\n%s", logged.logged())
@@ -346,9 +344,7 @@ func TestLateMail(t *testing.T) {
 	limits.age = time.Millisecond
 	m, logged := startMailer(t, address, limits)
 	m.senders.tryTake() // so that it waits
-	if err := m.enqueue(notice()); err != nil {
-		t.Fatal(err)
-	}
+	accept(t, m, notice())
 	eventually(t, "it waits for the mail server", func() bool { return len(m.letters) == 1 })
 	time.Sleep(2 * limits.age)
 	m.senders.release()
@@ -364,9 +360,7 @@ func TestMailFlood(t *testing.T) {
 	limits := patient
 	limits.sendPauses = nil
 	m, _ := startMailer(t, address, limits)
-	if err := m.enqueue(notice()); err != nil {
-		t.Fatal(err)
-	}
+	accept(t, m, notice())
 	conn := next(t, accepted)
 	for said := 0; ; said += 64 << 10 {
 		if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
@@ -394,9 +388,7 @@ func TestMailWithoutPostgres(t *testing.T) {
 	m.users = &store{db: db, postgresTimeout: postgresTimeout}
 	reset := mailRequest{Kind: mailReset, Address: newClient(&server{t: t}).email}
 	for range limits.queue {
-		if err := m.enqueue(reset); err != nil {
-			t.Error(err)
-		}
+		accept(t, m, reset)
 	}
 	wantOutcomes(t, m, map[mailOutcome]uint64{
 		mailRetried: 2 * maxMails,
@@ -411,9 +403,7 @@ func TestUnansweredQuit(t *testing.T) {
 	limits := patient
 	limits.timeout = time.Hour
 	m, _ := startMailer(t, address, limits)
-	if err := m.enqueue(notice()); err != nil {
-		t.Fatal(err)
-	}
+	accept(t, m, notice())
 	conn := next(t, accepted)
 	fmt.Fprint(conn, "220 ready\r\n")
 	replies := map[string]string{
@@ -440,16 +430,12 @@ func TestMailPanic(t *testing.T) {
 	address, accepted := silentServer(t)
 	m, logged := startMailer(t, address, patient)
 	reset := mailRequest{Kind: mailReset, Address: testUser.Email}
-	if err := m.enqueue(reset); err != nil { // there is no store to look for the user in
-		t.Fatal(err)
-	}
+	accept(t, m, reset) // there is no store to look for the user in
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailFailed: 1})
 	if !strings.Contains(logged.logged(), "panic") {
 		t.Errorf("the log is\n%s", logged.logged())
 	}
-	if err := m.enqueue(notice()); err != nil {
-		t.Fatal(err)
-	}
+	accept(t, m, notice())
 	next(t, accepted)
 }
 
@@ -458,9 +444,7 @@ func TestMailDrain(t *testing.T) {
 	address, accepted := silentServer(t)
 	m, logged := startMailer(t, address, patient)
 	for range 2 {
-		if err := m.enqueue(notice()); err != nil {
-			t.Fatal(err)
-		}
+		accept(t, m, notice())
 	}
 	next(t, accepted).Close() // this one waits for its next try
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 1})
@@ -482,9 +466,7 @@ func TestMailDrain(t *testing.T) {
 func TestMailDrainTries(t *testing.T) {
 	address, accepted := silentServer(t)
 	m, _ := startMailer(t, address, patient)
-	if err := m.enqueue(notice()); err != nil {
-		t.Fatal(err)
-	}
+	accept(t, m, notice())
 	next(t, accepted).Close()
 	wantOutcomes(t, m, map[mailOutcome]uint64{mailRetried: 1})
 	drained := make(chan struct{})

@@ -45,9 +45,9 @@ const (
 	// maxBcryptCost bounds the time that a stored hash can take: 16 takes three seconds, 31 a day.
 	maxBcryptCost = 16
 
-	// maxTries bounds how often a request judges a password again because the hash was replaced
-	// before the request could act on it. One such replacement is a coincidence. Several in a row
-	// happen only if replicas have different costs and rehash each other's hashes.
+	// maxTries bounds how often a request reads a user again because the user was changed before
+	// the request could act on it. One such change is a coincidence. Several in a row happen only
+	// if replicas have different costs and rehash each other's hashes.
 	maxTries = 5
 )
 

@@ -19,7 +19,7 @@
 //
 // One deadline covers all that a request waits for: the stores, and a slot for hashing. If the
 // client hangs up, the server still finishes what it has begun. All deadlines, pool sizes and
-// retries are in one place in main.go, each with its reason.
+// retries of requests are in one place in main.go, each with its reason.
 //
 // # A session
 //

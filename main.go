@@ -785,6 +785,16 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 			value:  float64(postgres.AcquiredConns()),
 		},
 		{
+			series: "latchkey_postgres_connections_max",
+			help:   "Connections to PostgreSQL that there can be.",
+			value:  float64(postgres.MaxConns()),
+		},
+		{
+			series: "latchkey_postgres_waits_total",
+			help:   "Operations that found no idle connection to PostgreSQL, and waited for one.",
+			value:  float64(postgres.EmptyAcquireCount()),
+		},
+		{
 			series: `latchkey_redis_connections{state="idle"}`,
 			help:   "Connections to Redis.",
 			value:  float64(connections.IdleConns),
@@ -792,6 +802,11 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 		{
 			series: `latchkey_redis_connections{state="open"}`,
 			value:  float64(connections.TotalConns),
+		},
+		{
+			series: "latchkey_redis_timeouts_total",
+			help:   "Operations that got no connection to Redis in time, because all were busy.",
+			value:  float64(connections.Timeouts),
 		},
 		{
 			series: "go_goroutines",
@@ -936,7 +951,7 @@ func (e *environment) config() config {
 	cfg := config{
 		development: e.development,
 		port:        e.port(),
-		database:    e.database(),
+		database:    e.databasePool(),
 		redis:       e.redis(),
 		origins:     e.origins(),
 		accessTTL:   e.lifetime("ACCESS_TOKEN_TTL", "15m"),
@@ -973,10 +988,19 @@ func (e *environment) port() int {
 	return e.integer("PORT", e.required("PORT", "3000"), 0, math.MaxUint16)
 }
 
-// database reads DATABASE_URL and DB_POOL_SIZE.
+// databasePool reads DATABASE_URL and DB_POOL_SIZE.
+func (e *environment) databasePool() *pgxpool.Config {
+	cfg := e.database()
+	size := e.integer("DB_POOL_SIZE", e.required("DB_POOL_SIZE", "10"), 1, math.MaxInt32)
+	if cfg != nil {
+		cfg.MaxConns = int32(size)
+	}
+	return cfg
+}
+
+// database reads DATABASE_URL.
 func (e *environment) database() *pgxpool.Config {
 	value := e.required("DATABASE_URL", "postgres://localhost:5432/postgres")
-	size := e.integer("DB_POOL_SIZE", e.required("DB_POOL_SIZE", "10"), 1, math.MaxInt32)
 	if value == "" {
 		return nil
 	}
@@ -991,7 +1015,6 @@ func (e *environment) database() *pgxpool.Config {
 	if cfg.HealthCheckPeriod <= 0 {
 		e.fault("DATABASE_URL", "pool_health_check_period must be above 0")
 	}
-	cfg.MaxConns = int32(size)
 	cfg.PingTimeout = postgresPingTimeout
 	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, dialTime(cfg.ConnConfig))
 	boundClosing(&cfg.ConnConfig.Config)

@@ -22,7 +22,10 @@ var metricFamilies = map[string]string{
 	"latchkey_hashing_refused_total":         "counter",
 	"latchkey_mail_total":                    "counter",
 	"latchkey_postgres_connections":          "gauge",
+	"latchkey_postgres_connections_max":      "gauge",
+	"latchkey_postgres_waits_total":          "counter",
 	"latchkey_redis_connections":             "gauge",
+	"latchkey_redis_timeouts_total":          "counter",
 	"go_goroutines":                          "gauge",
 	"go_memstats_sys_bytes":                  "gauge",
 }

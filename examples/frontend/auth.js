@@ -62,6 +62,7 @@ export function createAuth({ baseURL }) {
   const listeners = new Set();
   let token = null; // the access token
   let claims = null; // what it says
+  let user = null; // who it says is logged in: the same object until that changes
   let due = 0; // when to refresh it
   let refreshing = null; // the refresh in flight, which all callers of this tab await
 
@@ -73,7 +74,8 @@ export function createAuth({ baseURL }) {
     // At nine tenths of its life, counted from now: the clocks of browser and server need not agree.
     due = claims ? Date.now() + (claims.exp - claims.iat) * 900 : 0;
     if (claims?.userId === before?.userId && claims?.email === before?.email) return;
-    listeners.forEach((listener) => queueMicrotask(() => listener(user()))); // what they throw is nobody else's
+    user = claims && { id: claims.userId, email: claims.email };
+    listeners.forEach((listener) => queueMicrotask(() => listener(user))); // what they throw is nobody else's
   }
 
   /** Does the same in the other tabs, which share the cookie and so the session. */
@@ -96,8 +98,6 @@ export function createAuth({ baseURL }) {
    * the tab that had the lock before has to say, for the lock may be quicker than the message.
    */
   const locked = (work) => navigator.locks.request(lock, () => listen().then(work));
-
-  const user = () => claims && { id: claims.userId, email: claims.email };
 
   const open = (path, init) => fetch(new URL(path, base), { ...init, credentials: 'include' });
 
@@ -172,9 +172,9 @@ export function createAuth({ baseURL }) {
   const call = (method, path, body) => json(authFetch, method, path, body);
 
   const enter = (path) => (email, password) => locked(async () => {
-    const { user, accessToken } = await json(open, 'POST', path, { email, password });
-    announce(accessToken);
-    return user;
+    const answer = await json(open, 'POST', path, { email, password });
+    announce(answer.accessToken);
+    return answer.user;
   });
 
   /**
@@ -192,8 +192,8 @@ export function createAuth({ baseURL }) {
   addEventListener('pageshow', ({ persisted }) => { if (persisted) refresh(token).catch(() => {}); });
 
   return {
-    /** Who is logged in: `{id, email}`, or null. */
-    get user() { return user(); },
+    /** Who is logged in: `{id, email}`, or null. It is the same object until that changes. */
+    get user() { return user; },
     /**
      * Calls `listener(user)` whenever someone logs in or out or has a new address, in this tab or another; returns what
      * ends that.
@@ -205,7 +205,7 @@ export function createAuth({ baseURL }) {
     /** Takes up the session of the refresh cookie, if there is one: call it when the page loads. */
     async resume() {
       await refresh(token).catch((error) => { if (error.status !== 401) throw error; });
-      return user();
+      return user;
     },
     signup: enter('/auth/signup'),
     login: enter('/auth/login'),

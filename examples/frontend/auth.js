@@ -27,7 +27,7 @@ export class AuthError extends Error {
     this.code = code;
     this.details = details;
     this.requestId = requestId;
-    this.retryAfter = Number(response?.headers.get('Retry-After') ?? 0);
+    this.retryAfter = Number(response?.headers.get('Retry-After')) || 0; // a proxy may give a date
   }
 }
 
@@ -112,8 +112,9 @@ export function createAuth({ baseURL }) {
     const lost = (error) => { throw error instanceof AuthError ? error : new AuthError({}); };
     const response = await send(path, init).catch(lost);
     if (response.ok) return response.json().catch(lost);
-    const said = await response.json().catch(() => null); // by a proxy, maybe, in a form of its own
-    throw new AuthError({ error: `HTTP ${response.status}`, code: 'unknown', ...said }, response);
+    const answer = await response.json().catch(() => null); // of a proxy, maybe, in a form of its own
+    const said = typeof answer?.error === 'string' ? answer : { error: `HTTP ${response.status}` };
+    throw new AuthError({ code: 'unknown', ...said }, response);
   }
 
   /** Exchanges the refresh cookie, unless the token in hand is no longer `stale`: then another tab has just done it. */

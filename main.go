@@ -9,6 +9,7 @@
 //	store.go       users in PostgreSQL, sessions in Redis (session.lua), migrations (schema.sql)
 //	ratelimit.go   limits on requests, failed logins and mails, counted in Redis (ratelimit.lua)
 //	mail.go        links by mail: their tokens, the texts (mail.tmpl), the queue, SMTP
+//	admin.go       the operator's subcommands: accounts
 //
 // # A request
 //
@@ -128,6 +129,14 @@ func run(
 	stdout, stderr io.Writer,
 ) error {
 	env := newEnvironment(getenv)
+	if len(args) > 0 {
+		switch args[0] {
+		case "user":
+			return runUser(ctx, env, args[1:], stdout, stderr)
+		case "users":
+			return runUsers(ctx, env, args[1:], stdout, stderr)
+		}
+	}
 	switch command := strings.Join(args, " "); command {
 	case "", "serve":
 		return runServe(ctx, env, stdout)
@@ -140,10 +149,18 @@ func run(
 	case "version":
 		return runVersion(stdout)
 	default:
-		fmt.Fprintln(stderr, "usage: latchkey "+
-			"[serve | migrate | migrate status | healthcheck | version]")
-		return fmt.Errorf("unknown command %q", command)
+		return usageError(stderr, command)
 	}
+}
+
+const usage = `usage: latchkey [serve | migrate | migrate status | healthcheck | version]
+       latchkey user EMAIL [show | disable | enable | revoke | delete | reset-link] [--json]
+       latchkey users [PREFIX] [--json]`
+
+// usageError prints the subcommands, and returns an error about one that was not understood.
+func usageError(stderr io.Writer, command string) error {
+	fmt.Fprintln(stderr, usage)
+	return fmt.Errorf("unknown command %q", command)
 }
 
 func runServe(ctx context.Context, env *environment, stdout io.Writer) error {
@@ -362,7 +379,6 @@ var doubleThreads = sync.OnceValue(func() int {
 // serve migrates, serves until ctx ends, and then shuts down.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
 	log := newLogger(cfg, stdout)
-	logging.Disable() // the log of go-redis; if a request fails, its own line has the cause
 	if cfg.randomSecrets {
 		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: " +
 			"random ones are used, and sessions end with this process")
@@ -455,6 +471,7 @@ func migrateWhenReachable(ctx context.Context, database *pgx.ConnConfig, log *sl
 
 // newRedisClient returns a client for a single Redis or a cluster.
 func newRedisClient(options *redis.UniversalOptions) redis.UniversalClient {
+	logging.Disable() // what fails is in our own log, with its cause
 	if !options.IsClusterMode {
 		return redis.NewClient(options.Simple())
 	}
@@ -1302,6 +1319,24 @@ func (e *environment) page(name, path string, origins []string) string {
 			path)
 	}
 	return value
+}
+
+// resetLinks reads what an operator's links to reset a password need. Unlike a server, it takes no
+// random secret in development, since no server would know it.
+func (e *environment) resetLinks() links {
+	const name = "JWT_REFRESH_SECRET"
+	secret := e.secret(name, e.getenv(name))
+	if len(secret) == 0 {
+		e.fault(name, "is required, and must be the server's")
+	}
+	var origins []string
+	if e.getenv("PASSWORD_RESET_URL") == "" {
+		origins = e.origins()
+	}
+	return links{
+		keys:     linkKeys(keys{current: secret}),
+		resetURL: e.page("PASSWORD_RESET_URL", "/reset-password", origins),
+	}
 }
 
 func (e *environment) sameSite() http.SameSite {

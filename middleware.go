@@ -68,6 +68,7 @@ var errorResponses = []errorResponse{
 	{errEnded, 401, "session_revoked", "Session has ended"},
 	{errReused, 401, "refresh_reused", "Refresh token has already been used"},
 	{errCrossOrigin, 403, "cross_origin", "Cross-origin request refused"},
+	{errDisabled, 403, "account_disabled", "Account is disabled"},
 	{errNotFound, 404, "not_found", "Not found"},
 	{errNoUser, 404, "user_not_found", "User not found"},
 	{errNoSession, 404, "session_not_found", "Session not found"},

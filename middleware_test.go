@@ -52,6 +52,7 @@ func TestErrorResponses(t *testing.T) {
 		{errReused, 401, "refresh_reused"},
 		{errTheft, 401, "refresh_reused"},
 		{errCrossOrigin, 403, "cross_origin"},
+		{errDisabled, 403, "account_disabled"},
 		{errNotFound, 404, "not_found"},
 		{errNoUser, 404, "user_not_found"},
 		{errNoSession, 404, "session_not_found"},

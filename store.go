@@ -39,6 +39,7 @@ var (
 	errNoUser      = errors.New("no such user")
 	errEmailExists = errors.New("email exists")
 	errNoSession   = errors.New("no such session")
+	errDisabled    = errors.New("account is disabled")
 	errEnded       = errors.New("session has ended")
 	errReused      = errors.New("refresh token was exchanged before")
 
@@ -59,6 +60,7 @@ type user struct {
 	CreatedAt    time.Time
 	UpdatedAt    time.Time // when the password or the email was changed last
 	Verified     bool      // the user has shown that the email is theirs
+	Disabled     bool      // an operator keeps the user from logging in
 }
 
 // device is the client that uses a session.
@@ -159,6 +161,35 @@ func (s *store) findUserByEmail(ctx context.Context, email string) (user, error)
 		WHERE lower(email COLLATE "C") = $1`, email)
 }
 
+// usersPage bounds how many users are in memory at the same time while all of them are listed.
+const usersPage = 1000
+
+// listUsers returns users whose email begins with prefix and comes after another email, in the
+// order of the emails. Case does not count. It returns at most usersPage users. Every email comes
+// after "".
+func (s *store) listUsers(ctx context.Context, prefix, after string) ([]user, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.postgresTimeout)
+	defer cancel()
+	// The last character of Unicode, U+10FFFF, is in no email. So all that begin with a prefix come
+	// before the prefix with that character behind it.
+	rows, err := s.db.Query(ctx, `
+		SELECT `+userColumns+`
+		FROM users
+		WHERE
+			lower(email COLLATE "C") > lower($2::text COLLATE "C")
+			AND lower(email COLLATE "C") >= lower($1::text COLLATE "C")
+			AND lower(email COLLATE "C") < lower($1::text COLLATE "C") || chr(1114111)
+		ORDER BY lower(email COLLATE "C")
+		LIMIT $3`, prefix, after, usersPage)
+	if err != nil {
+		return nil, postgresError("list users", err)
+	}
+	users, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (user, error) {
+		return scanUser(row)
+	})
+	return users, postgresError("list users", err)
+}
+
 func (s *store) findUser(ctx context.Context, query, key string) (user, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.postgresTimeout)
 	defer cancel()
@@ -171,7 +202,7 @@ func (s *store) findUser(ctx context.Context, query, key string) (user, error) {
 
 // userColumns are what scanUser reads.
 const userColumns = `id::text, email, password_hash, created_at, updated_at,
-			email_verified_at IS NOT NULL`
+			email_verified_at IS NOT NULL, disabled_at IS NOT NULL`
 
 func scanUser(row pgx.Row) (user, error) {
 	var u user
@@ -182,6 +213,7 @@ func scanUser(row pgx.Row) (user, error) {
 		&u.CreatedAt,
 		&u.UpdatedAt,
 		&u.Verified,
+		&u.Disabled,
 	)
 	return u, err
 }
@@ -244,19 +276,22 @@ func isEmailTaken(err error) bool {
 }
 
 // openSession opens a session for a user whose password has just matched u.PasswordHash. It returns
-// errStale if the user has another hash by now, or is gone. The session is opened under a share
-// lock on the user's row. So a password change is either seen here, or it ends this session too.
+// errStale if the user has another hash by now or is gone, and errDisabled if the user is disabled.
+// The session is opened under a share lock on the user's row. So a password change, or disabling
+// the user, is either seen here, or it ends this session too.
 func (s *store) openSession(ctx context.Context, u user, opened newSession) (grant, error) {
 	var g grant
 	err := s.inUserTx(ctx, "open session", u.ID, func(ctx context.Context, tx pgx.Tx) error {
-		hash, err := lockHash(ctx, tx, u.ID)
+		locked, err := lockUser(ctx, tx, u.ID)
 		switch {
 		case errors.Is(err, errNoUser):
 			return errStale
 		case err != nil:
 			return err
-		case hash != u.PasswordHash:
+		case locked.PasswordHash != u.PasswordHash:
 			return errStale
+		case locked.Disabled:
+			return errDisabled
 		}
 		g, err = s.startSession(ctx, u, opened)
 		return err
@@ -264,19 +299,18 @@ func (s *store) openSession(ctx context.Context, u user, opened newSession) (gra
 	return g, err
 }
 
-// lockHash returns a user's password hash and locks the row, so that nobody replaces the hash until
-// tx ends. FOR KEY SHARE would not be enough: an UPDATE of the hash does not wait for it.
-func lockHash(ctx context.Context, tx pgx.Tx, userID string) (string, error) {
-	var hash string
-	err := tx.QueryRow(ctx, `
-		SELECT password_hash
+// lockUser returns a user and locks the row, so that nobody changes it until tx ends. FOR KEY SHARE
+// would not be enough: an UPDATE of the hash does not wait for it.
+func lockUser(ctx context.Context, tx pgx.Tx, userID string) (user, error) {
+	u, err := scanUser(tx.QueryRow(ctx, `
+		SELECT `+userColumns+`
 		FROM users
 		WHERE id = $1::uuid
-		FOR SHARE`, userID).Scan(&hash)
+		FOR SHARE`, userID))
 	if errors.Is(err, pgx.ErrNoRows) {
-		return "", errNoUser
+		return user{}, errNoUser
 	}
-	return hash, postgresError("lock password hash", err)
+	return u, postgresError("lock user", err)
 }
 
 // changePassword replaces the password hash of u and ends all sessions except keep. It returns
@@ -387,6 +421,41 @@ func (s *store) deleteUser(ctx context.Context, u user, caller string) error {
 		}
 		return s.revokeAll(ctx, u.ID, caller)
 	})
+}
+
+// disableUser keeps a user from logging in and ends all sessions. It returns the new row, or
+// errNoUser if the user is gone. The row lock orders it against logins, as in changePassword.
+func (s *store) disableUser(ctx context.Context, userID string) (user, error) {
+	var u user
+	err := s.inUserTx(ctx, "disable user", userID, func(ctx context.Context, tx pgx.Tx) error {
+		var err error
+		u, err = scanUser(tx.QueryRow(ctx, `
+			UPDATE users
+			SET disabled_at = coalesce(disabled_at, now())
+			WHERE id = $1::uuid
+			RETURNING `+userColumns, userID))
+		if errors.Is(err, pgx.ErrNoRows) {
+			return errNoUser
+		}
+		if err != nil {
+			return postgresError("disable user", err)
+		}
+		return s.revokeAll(ctx, userID, noSession)
+	})
+	return u, err
+}
+
+// enableUser lets a user log in again. It returns the new row, or errNoUser if the user is gone.
+func (s *store) enableUser(ctx context.Context, userID string) (user, error) {
+	u, err := s.updateUser(ctx, "enable user", `
+		UPDATE users
+		SET disabled_at = NULL
+		WHERE id = $1::uuid
+		RETURNING `+userColumns, userID)
+	if errors.Is(err, errStale) {
+		return user{}, errNoUser
+	}
+	return u, err
 }
 
 // expectRow returns errStale if a statement matched no row, because the user was changed or
@@ -530,12 +599,13 @@ func (s *store) startSession(ctx context.Context, u user, opened newSession) (gr
 }
 
 // refresh exchanges a refresh token. It returns the user and the token that replaces it. It returns
-// errEnded if the session has ended or the user is gone, errReused if the token was exchanged
-// within the leeway, and errTheft if it was exchanged longer ago, which also ends the session.
+// errEnded if the session has ended or the user is gone or disabled, errReused if the token was
+// exchanged within the leeway, and errTheft if it was exchanged longer ago, which also ends the
+// session.
 func (s *store) refresh(ctx context.Context, x exchange) (user, grant, error) {
 	// PostgreSQL comes first, so that no token is used up while it is down.
 	u, err := s.findUserByID(ctx, x.UserID)
-	if errors.Is(err, errNoUser) {
+	if errors.Is(err, errNoUser) || u.Disabled {
 		return user{}, grant{}, s.endSession(ctx, x)
 	}
 	if err != nil {
@@ -555,14 +625,14 @@ func (s *store) refresh(ctx context.Context, x exchange) (user, grant, error) {
 func (s *store) refreshLocked(ctx context.Context, x exchange) (grant, error) {
 	var g grant
 	err := s.inTx(ctx, "refresh", func(ctx context.Context, tx pgx.Tx) error {
-		hash, err := lockHash(ctx, tx, x.UserID)
-		if errors.Is(err, errNoUser) {
+		u, err := lockUser(ctx, tx, x.UserID)
+		if errors.Is(err, errNoUser) || u.Disabled {
 			return s.endSession(ctx, x)
 		}
 		if err != nil {
 			return err
 		}
-		g, err = s.rotate(ctx, x, hash)
+		g, err = s.rotate(ctx, x, u.PasswordHash)
 		if errors.Is(err, errStale) {
 			return s.endSession(ctx, x)
 		}

@@ -1,13 +1,24 @@
 // What all pages share: the client of the server, the views, and the forms with their errors.
-import { createAuth } from './auth.js';
+import { AuthError, createAuth } from './auth.js';
 
+/** @type {(selector: string, root?: ParentNode) => any} */
 export const $ = (selector, root = document) => root.querySelector(selector);
-export const auth = createAuth({ baseURL: $('meta[name=latchkey-api]').content });
-export const say = (text) => { $('#status').textContent = text; };
 
-/** Shows one view and moves the focus to its heading, so that keyboard and screen reader start there. */
+export const auth = createAuth({ baseURL: $('meta[name=latchkey-api]').content });
+
+/** say shows what has happened, which a screen reader reads out. */
+export const say = (text) => {
+  $('#status').textContent = text;
+};
+
+/**
+ * show shows one view and moves the focus to its heading, so that keyboard and screen reader start
+ * there.
+ */
 export function show(view, status = '') {
-  for (const each of document.querySelectorAll('[id^=view-]')) each.hidden = each.id !== `view-${view}`;
+  /** @type {NodeListOf<HTMLElement>} */
+  const views = document.querySelectorAll('[id^=view-]');
+  for (const each of views) each.hidden = each.id !== `view-${view}`;
   document.querySelectorAll('form').forEach(clean);
   say(status);
   const heading = $(`#view-${view} h1`);
@@ -15,7 +26,10 @@ export function show(view, status = '') {
   heading.focus();
 }
 
-/** Runs the action that has a form's id whenever the form is submitted, with the values of its fields. */
+/**
+ * handle runs the action that has a form's id whenever the form is submitted, with the values of
+ * its fields.
+ */
 export function handle(actions) {
   for (const [id, action] of Object.entries(actions)) {
     const form = document.getElementById(id);
@@ -26,19 +40,24 @@ export function handle(actions) {
   }
 }
 
-/** Takes back what the last attempt said. */
+/** clean takes back what the last attempt said. */
 function clean(form) {
-  form.querySelectorAll('.problem, .error').forEach((node) => { node.textContent = ''; });
-  form.querySelectorAll('[aria-invalid]').forEach((input) => input.removeAttribute('aria-invalid'));
+  form.querySelectorAll('.problem, .error').forEach((node) => {
+    node.textContent = '';
+  });
+  form.querySelectorAll('[aria-invalid]').forEach((input) => {
+    input.removeAttribute('aria-invalid');
+  });
 }
 
-/** Runs what a form is for, once at a time, and shows what became of it. */
+/** attempt does what a form is for, once at a time, and shows what became of it. */
 export async function attempt(form, action) {
   const button = $('button', form);
   if (button.disabled) return;
   clean(form);
   say('');
-  const focused = document.activeElement === button; // which it loses while it is disabled
+  // A button loses the focus while it is disabled.
+  const focused = document.activeElement === button;
   button.disabled = true;
   let wait = 0;
   try {
@@ -54,11 +73,13 @@ export async function attempt(form, action) {
 }
 
 /**
- * An error goes next to the field it is about, or else to the head of the form; the focus goes there too. A field's
- * data-code names an error that is about it, and data-message what to say then, if that is not the server's message.
+ * explain shows an error next to the field it is about, or else at the head of the form, and moves
+ * the focus there. A field's data-code names an error that is about it, and its data-message says
+ * what to show then, if that is not the server's message.
  */
 function explain(form, error) {
-  if (error.name !== 'AuthError') throw error; // a bug: let the console have it
+  // Any other error is a bug, which the console shows.
+  if (!(error instanceof AuthError)) throw error;
   const details = { ...error.details };
   const about = [...form.elements].find((input) => input.dataset.code === error.code);
   if (about) details[about.name] = about.dataset.message ?? error.message;
@@ -72,18 +93,20 @@ function explain(form, error) {
   complain(form, `${error.message.replace(/\.$/, '')}.${wait}`);
 }
 
-/** Shows a problem at the head of a form. */
+/** complain shows a problem at the head of a form. */
 export function complain(form, text) {
   const problem = $('.problem', form);
   problem.textContent = text;
   problem.focus();
 }
 
+/** span is a time to wait, for people. */
 const span = (seconds) => (seconds < 120 ? `${seconds} s` : `${Math.ceil(seconds / 60)} min`);
 
 /**
- * Counts down on the button: the message itself stays as it is, or a screen reader would read it every second. Another
- * input ends the wait, for the limit may be that of one account; so does another user.
+ * countdown counts down on the button. The message itself stays as it is, or a screen reader would
+ * read it every second. Another input ends the wait, because the limit may be that of one account.
+ * So does another user.
  */
 function countdown(form, button, seconds) {
   const label = button.textContent;
@@ -103,5 +126,7 @@ function countdown(form, button, seconds) {
   };
   const timer = setInterval(tick, 250);
   tick();
-  for (const event of ['input', 'reset']) form.addEventListener(event, stop, { signal: over.signal });
+  for (const event of ['input', 'reset']) {
+    form.addEventListener(event, stop, { signal: over.signal });
+  }
 }

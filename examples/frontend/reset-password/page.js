@@ -14,10 +14,14 @@ handle({
     } catch (error) {
       if (error.code !== 'invalid_link') throw error;
       show('forgot');
-      return complain($('#forgot'), 'This link does not work: it has expired, or was used already. Have a new one sent.');
+      return complain(
+        $('#forgot'),
+        'This link does not work: it has expired, or was used already. Have a new one sent.',
+      );
     }
     $('#reset').reset();
-    // The sessions of the link's user have ended. If this browser has one still, it is somebody else's.
+    // The sessions of the link's user have ended. If this browser still has one, it is somebody
+    // else's.
     $('#done').hidden = Boolean(auth.user);
     $('#done-other').hidden = !auth.user;
     if (auth.user) $('#other').textContent = auth.user.email;

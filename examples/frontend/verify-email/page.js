@@ -1,4 +1,4 @@
-// The page that the links lead to which verify an address: the one of a new account, or a changed one.
+// The page behind the links that verify an address: that of a new account, or a changed one.
 import { token } from '../link.js';
 import { emailOf } from '../auth.js';
 import { $, auth, handle, show } from '../common.js';

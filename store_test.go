@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -233,6 +234,49 @@ func TestEverythingAtOnce(t *testing.T) {
 		want(t, c.loggedIn().revokeAll(), 200, "")
 		wantDead(t, servers, tabs...)
 	}
+}
+
+// TestDisableRace disables a user while devices log in and a tab refreshes. Whatever was answered, no
+// session is left, and there is no login until the user is enabled. Enabling revives no session.
+func TestDisableRace(t *testing.T) {
+	servers := replicas(t, nil)
+	s := newStore(t)
+	admitted := 0
+	for range rounds {
+		c := signedUp(servers[0])
+		tabs := c.tabs(7, servers)
+		first := make(chan struct{}) // is closed when a login has been answered
+		var once sync.Once
+		answers := together(len(tabs)+1, func(i int) response {
+			switch {
+			case i == 0:
+				<-first
+				if _, err := s.disableUser(t.Context(), c.claims().UserID); err != nil {
+					t.Error(err)
+				}
+				return response{status: 200}
+			case i == 1:
+				return tabs[0].refresh()
+			default:
+				defer once.Do(func() { close(first) })
+				return tabs[i-1].login()
+			}
+		})
+		wantOnly(t, answers, "200", "401 session_revoked", "403 account_disabled")
+		for _, r := range answers[2:] {
+			if r.status == 200 {
+				admitted++
+			}
+		}
+		wantDead(t, servers, append(tabs, c)...)
+		want(t, c.login(), 403, "account_disabled")
+		if _, err := s.enableUser(t.Context(), c.claims().UserID); err != nil {
+			t.Error(err)
+		}
+		wantDead(t, servers, append(tabs, c)...)
+		want(t, c.login(), 200, "")
+	}
+	t.Logf("%d of %d logins came before", admitted, 6*rounds)
 }
 
 // TestCapRace lets a user who has the most sessions that there may be log in many times at once.

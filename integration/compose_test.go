@@ -94,6 +94,7 @@ func TestCompose(t *testing.T) {
 
 	p.assertContainers()
 	p.assertImage()
+	p.assertOperator()
 
 	p.compose("restart")
 	p.compose("up", "--wait")
@@ -105,6 +106,27 @@ func TestCompose(t *testing.T) {
 	p.compose("down")
 	p.compose("up", "--wait")
 	u.login().lives()
+}
+
+// assertOperator is "the operator's subcommands work in the image".
+func (p *project) assertOperator() {
+	p.t.Helper()
+	u := newUser(p.t, "http://127.0.0.1:"+p.port)
+	u.must("POST", "/auth/signup", u.credentials)
+	operate := func(args ...string) string {
+		return p.compose(append([]string{"exec", "-T", "server", "/latchkey"}, args...)...)
+	}
+	email := strings.ToLower(u.credentials["email"])
+	disabled := operate("user", email, "disable", "--json")
+	refused := u.send("POST", "/auth/login", u.credentials)
+	if !strings.Contains(disabled, `"disabled":true`) || refused.body.Code != "account_disabled" {
+		p.t.Errorf("disabling prints %s, and a login is %d", disabled, refused.status)
+	}
+	operate("user", email, "enable")
+	u.login().lives()
+	if listed := operate("users"); !strings.Contains(listed, email) {
+		p.t.Errorf("the accounts are\n%s", listed)
+	}
 }
 
 // TestComposeVariables is "every variable of the server's configuration passes through".

@@ -808,8 +808,8 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 		},
 		{
 			series: "latchkey_postgres_waits_total",
-			help:   "Operations that found no idle connection to PostgreSQL, and waited for one.",
-			value:  float64(postgres.EmptyAcquireCount()),
+			help:   "Operations that had to wait for a connection to PostgreSQL.",
+			value:  float64(postgres.EmptyAcquireCount() + postgres.CanceledAcquireCount()),
 		},
 		{
 			series: `latchkey_redis_connections{state="idle"}`,

@@ -282,7 +282,8 @@ func (a *answer) assertCookie(path string) {
 	sameSite := sameSites[a.server.conf("COOKIE_SAMESITE")]
 	for _, c := range a.Cookies() {
 		a.expect(len(a.Cookies()) == 1 && c.Secure == secure && c.SameSite == sameSite &&
-			(c.Value == "" || !ofError) && c.Domain == "", "Set-Cookie is %q", c.Raw)
+			(c.Value == "" || !ofError) && c.Domain == "" && c.Path == "/auth" && c.HttpOnly,
+			"Set-Cookie is %q", c.Raw)
 		if c.Value != "" {
 			claims := a.server.claims(c.Value)
 			life := claims.number("exp") - claims.number("iat")

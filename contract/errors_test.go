@@ -121,6 +121,20 @@ var errorPromises = []promise{
 				"the connection is still open")
 		}
 	}},
+	{"what net/http refuses before any handler is exempt from the format", aURL, func(s *server) {
+		for _, path := range []string{"/healthz", "/readyz"} {
+			req, _ := http.NewRequest("GET", s.URL+path, nil)
+			req.Header.Set("Cookie", strings.Repeat("x", 32<<10))
+			resp, err := s.http.Do(req)
+			if err != nil {
+				s.Fatalf("%v", err)
+			}
+			defer resp.Body.Close()
+			text, _ := io.ReadAll(resp.Body)
+			a := &answer{Response: resp, server: s, asked: get(path), body: text}
+			document.validate(a.want(431), req)
+		}
+	}},
 }
 
 // loadPromises are tested before all others, since those would disturb them, or they those.

@@ -3,11 +3,14 @@ package contract
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -30,26 +33,55 @@ type openAPI struct {
 
 func loadDocument(file string) *openAPI {
 	d := &openAPI{}
-	if d.T, d.err = openapi3.NewLoader().LoadFromFile(file); d.err != nil {
+	loader := openapi3.NewLoader()
+	if d.T, d.err = loader.LoadFromFile(file); d.err != nil {
 		return d
 	}
 	if d.err = d.Validate(context.Background()); d.err != nil {
 		return d
 	}
 	d.Servers = nil // the tests' servers are at other addresses
-	response := func(status int, component string) openapi3.NewResponsesOption {
-		return openapi3.WithStatus(status, d.Components.Responses[component])
+	if d.err = d.resolveElsewhere(loader); d.err != nil {
+		return d
 	}
-	d.elsewhere = &openapi3.Operation{Responses: openapi3.NewResponses(
-		response(204, "Preflight"),
-		response(404, "NotFound"),
-		response(405, "MethodNotAllowed"),
-		response(429, "RateLimited"),
-		response(500, "Internal"),
-		response(503, "Unavailable"),
-	)}
 	d.router, d.err = gorillamux.NewRouter(d.T)
 	return d
+}
+
+// resolveElsewhere reads what the document has beside its paths, in the form of an operation. The
+// loader follows the references of an operation only on a path.
+func (d *openAPI) resolveElsewhere(loader *openapi3.Loader) error {
+	extension, err := json.Marshal(d.Extensions["x-elsewhere"])
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(extension, &d.elsewhere); err != nil {
+		return err
+	}
+	d.Paths.Set("/elsewhere", &openapi3.PathItem{Get: d.elsewhere})
+	defer d.Paths.Delete("/elsewhere")
+	return loader.ResolveRefsIn(d.T, nil)
+}
+
+// find is what the document says of a request, and the place where it says so.
+func (d *openAPI) find(req *http.Request) (*openapi3filter.RequestValidationInput, string) {
+	route, params, err := d.router.FindRoute(req)
+	place := "elsewhere"
+	if err == nil {
+		place = route.Method + " " + route.Path
+	} else {
+		route = &routers.Route{Spec: d.T, Operation: d.elsewhere}
+	}
+	return &openapi3filter.RequestValidationInput{
+		Request:    req,
+		PathParams: params,
+		Route:      route,
+		Options: &openapi3filter.Options{
+			IncludeResponseStatus: true,
+			MultiError:            true,
+			AuthenticationFunc:    openapi3filter.NoopAuthenticationFunc,
+		},
+	}, place
 }
 
 // validate holds an answer to the document, and the request as well if it was answered with
@@ -58,41 +90,32 @@ func (d *openAPI) validate(a *answer, req *http.Request) {
 	if d.err != nil {
 		a.server.Fatalf("openapi.yaml: %v", d.err)
 	}
-	ctx := context.Background()
-	copied := req.Clone(ctx)
+	copied := req.Clone(context.Background())
 	copied.Body = io.NopCloser(bytes.NewReader(a.asked.body))
-	route, params, err := d.router.FindRoute(copied)
-	place := "elsewhere"
-	if err == nil {
-		place = route.Method + " " + route.Path
-	} else if req.Method == http.MethodHead {
+	input, place := d.find(copied)
+	if place == "elsewhere" && req.Method == http.MethodHead {
 		return // it goes where GET goes, without the body that could be validated
-	} else {
-		route = &routers.Route{Spec: d.T, Operation: d.elsewhere}
-	}
-	input := &openapi3filter.RequestValidationInput{
-		Request:    copied,
-		PathParams: params,
-		Route:      route,
-		Options: &openapi3filter.Options{
-			IncludeResponseStatus: true,
-			MultiError:            true,
-			AuthenticationFunc:    openapi3filter.NoopAuthenticationFunc,
-		},
 	}
 	if a.StatusCode < 400 && place != "elsewhere" {
-		err := openapi3filter.ValidateRequest(ctx, input)
+		err := openapi3filter.ValidateRequest(context.Background(), input)
 		a.expect(err == nil, "a success for what is no request of openapi.yaml: %v", err)
 	}
-	err = openapi3filter.ValidateResponse(ctx, &openapi3filter.ResponseValidationInput{
-		RequestValidationInput: input,
-		Status:                 a.StatusCode,
-		Header:                 a.Header,
-		Body:                   io.NopCloser(bytes.NewReader(a.body)),
-		Options:                input.Options,
-	})
+	err := validateAnswer(input, a.StatusCode, a.Header, a.body)
 	a.expect(err == nil, "it is no answer of openapi.yaml: %v", err)
 	d.reached.Store(place+" "+strconv.Itoa(a.StatusCode), true)
+}
+
+func validateAnswer(
+	input *openapi3filter.RequestValidationInput, status int, header http.Header, body []byte,
+) error {
+	return openapi3filter.ValidateResponse(context.Background(),
+		&openapi3filter.ResponseValidationInput{
+			RequestValidationInput: input,
+			Status:                 status,
+			Header:                 header,
+			Body:                   io.NopCloser(bytes.NewReader(body)),
+			Options:                input.Options,
+		})
 }
 
 // described are the operations of the document, and what it says elsewhere.
@@ -118,6 +141,7 @@ func TestOpenAPI(t *testing.T) {
 			t.Errorf("the routes are %q, want %q", got, want)
 		}
 	})
+	t.Run("knows an answer that is not the contract's", testStrictness)
 	t.Run("every route and status was reached by the suite", func(t *testing.T) {
 		if !testedWhole.Load() {
 			t.Skip("TestContract did not run as a whole")
@@ -131,4 +155,49 @@ func TestOpenAPI(t *testing.T) {
 			}
 		}
 	})
+}
+
+// testStrictness changes one thing at a time in an answer that the document describes.
+func testStrictness(t *testing.T) {
+	const good = `{"error": "Account is disabled", "statusCode": 403,
+		"requestId": "0b8f7a52-52c8-4f0e-9c43-6a1f3c1f6f0e",
+		"timestamp": "2026-02-27T10:00:00Z", "code": "account_disabled"}`
+	header := http.Header{
+		"Cache-Control":          {"no-store"},
+		"Content-Type":           {"application/json; charset=utf-8"},
+		"Vary":                   {"Origin"},
+		"X-Content-Type-Options": {"nosniff"},
+		"X-Request-Id":           {"0b8f7a52-52c8-4f0e-9c43-6a1f3c1f6f0e"},
+	}
+	input, _ := document.find(httptest.NewRequest("POST", "/auth/login", nil))
+	if err := validateAnswer(input, 403, header, []byte(good)); err != nil {
+		t.Fatal(err)
+	}
+	for what, change := range map[string][2]string{
+		"a member is missing":              {`"error": "Account is disabled", `, ``},
+		"a member too many":                {`"code"`, `"more": 1, "code"`},
+		"a number as text":                 {`403`, `"403"`},
+		"the number of another status":     {`403`, `401`},
+		"a time that is not in UTC":        {`00Z`, `00+01:00`},
+		"an id that is no UUID":            {`"0b8f7a52-`, `"0b8f7a5`},
+		"a code that does not exist":       {`account_disabled`, `account_disable`},
+		"a code of other answers":          {`account_disabled`, `invalid_credentials`},
+		"details where nothing is invalid": {`"code"`, `"details": {"email": "x"}, "code"`},
+	} {
+		body := strings.Replace(good, change[0], change[1], 1)
+		if validateAnswer(input, 403, header, []byte(body)) == nil {
+			t.Errorf("%s: %s passes", what, body)
+		}
+	}
+	for name := range header {
+		lacking := header.Clone()
+		lacking.Del(name)
+		if validateAnswer(input, 403, lacking, []byte(good)) == nil {
+			t.Errorf("an answer without %s passes", name)
+		}
+	}
+	badRequest := strings.NewReplacer("403", "400", "account_disabled", "validation_failed")
+	if validateAnswer(input, 400, header, []byte(badRequest.Replace(good))) == nil {
+		t.Error("validation_failed without details passes")
+	}
 }

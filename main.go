@@ -34,8 +34,9 @@
 // A session is bound to a digest of the password hash that it was opened with. A login takes a
 // share lock on the user's row, reads the hash again, and opens its session only if the hash is
 // still the one that the password matched. A password change ends the other sessions while it holds
-// the exclusive lock on that row, so it leaves no session of the old password. If the hash changes
-// in another way, for example by plain SQL, a session ends at its next refresh.
+// the exclusive lock on that row, so it leaves no session of the old password. An operator who
+// disables a user does it in the same way. If the row changes otherwise, for example by plain SQL, a
+// session ends at its next refresh.
 //
 // # A link by mail
 //

@@ -1,0 +1,1 @@
+../../../examples/frontend/auth.js

@@ -1,0 +1,34 @@
+package clients
+
+import (
+	"crypto/rand"
+	"strings"
+	"testing"
+)
+
+// TestTypeScript generates types from openapi.yaml, holds two files to them, and runs one of them.
+func TestTypeScript(t *testing.T) {
+	needNPM(t)
+	run(t, "typescript", nil, "../node_modules/.bin/openapi-typescript",
+		"../../openapi.yaml", "--output", "latchkey.d.ts")
+	run(t, "typescript", nil, "../node_modules/.bin/tsc")
+	url, email := serve(t), newEmail()
+	got := run(t, "typescript", nil, "node", "build/main.js", url, email)
+	if got != email+"\n" {
+		t.Errorf("the account is %q, want %s", got, email)
+	}
+}
+
+// TestGo generates a package from openapi.yaml, and runs the program that uses it.
+func TestGo(t *testing.T) {
+	run(t, "go", nil, "go", "generate")
+	run(t, "go", nil, "go", "vet", "./...")
+	url, email := serve(t), newEmail()
+	got := run(t, "go", nil, "go", "run", ".", url, email)
+	if got != email+"\n" {
+		t.Errorf("the account is %q, want %s", got, email)
+	}
+}
+
+// newEmail is an address that has no account yet.
+func newEmail() string { return strings.ToLower(rand.Text()) + "@example.com" }

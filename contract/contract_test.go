@@ -61,6 +61,7 @@ var contract = []struct {
 	{"Mail", mailPromises},
 	{"SMTP", smtpPromises},
 	{"Configuration", configurationPromises},
+	{"Operators' subcommands", operatorPromises},
 	{"Database", databasePromises},
 	{"Log", logPromises},
 	{"Metrics", metricsPromises},

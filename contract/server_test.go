@@ -235,8 +235,8 @@ func freePort() string {
 }
 
 // command is the executable with exactly this environment.
-func (l *lab) command(ctx context.Context, e env) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, l.binary)
+func (l *lab) command(ctx context.Context, e env, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, l.binary, args...)
 	cmd.Env = []string{} // nil would be ours
 	for name, value := range e {
 		cmd.Env = append(cmd.Env, name+"="+value)

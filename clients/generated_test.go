@@ -10,7 +10,7 @@ import (
 func TestTypeScript(t *testing.T) {
 	needNPM(t)
 	run(t, "typescript", nil, "../node_modules/.bin/openapi-typescript",
-		"../../openapi.yaml", "--output", "latchkey.d.ts")
+		"../../openapi.yaml", "--output", "latchkey.ts")
 	run(t, "typescript", nil, "../node_modules/.bin/tsc")
 	url, email := serve(t), newEmail()
 	got := run(t, "typescript", nil, "node", "build/main.js", url, email)

@@ -3,7 +3,7 @@
 // server and an email address without an account.
 
 import createClient, { type Middleware } from 'openapi-fetch';
-import type { paths } from './latchkey.d.ts';
+import type { paths } from './latchkey.js';
 
 const [baseUrl = '', email = ''] = process.argv.slice(2);
 const password = 'correct horse battery';

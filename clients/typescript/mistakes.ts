@@ -2,7 +2,7 @@
 // above it. Nothing of this runs.
 
 import createClient from 'openapi-fetch';
-import type { paths } from './latchkey.d.ts';
+import type { paths } from './latchkey.js';
 
 const client = createClient<paths>();
 

@@ -2,7 +2,13 @@ package integration
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"mime/quotedprintable"
@@ -36,6 +42,9 @@ import (
 // These tests are a user of examples/frontend in a real Chromium: the page comes from one origin
 // and calls the server at another, as in life. Each leaves screenshots in screenshots/.
 
+var throughNginx = flag.Bool("nginx", false,
+	"run the browser tests with https, and through the nginx of examples/deploy")
+
 const (
 	ada      = "ada@example.com"
 	bob      = "bob@example.com"
@@ -48,6 +57,7 @@ const (
 // A site is a server behind a proxy, its mails, the page at three origins, and a browser.
 type site struct {
 	t       *testing.T
+	files   map[string][]byte // of certificates, or nil for http
 	mails   *mailbox
 	browser context.Context
 	api     string // the origin of the proxy
@@ -69,11 +79,14 @@ func newSite(t *testing.T, env vars) *site {
 	s := &site{
 		t:       t,
 		mails:   newMailbox(t),
-		browser: chromium(t),
 		held:    make(chan struct{}, 10),
 		release: sync.OnceFunc(func() { close(released) }),
 	}
-	s.origin, s.twin, s.foreign = host(t, s.page()), host(t, s.page()), host(t, s.page())
+	if *throughNginx {
+		s.files = certificates(t)
+	}
+	s.browser = chromium(t, s.files)
+	s.origin, s.twin, s.foreign = s.host(s.page()), s.host(s.page()), s.host(s.page())
 	server := serve(t, vars{
 		"FRONTEND_URL": s.origin + "," + s.twin,
 		"SMTP_URL":     s.mails.url,
@@ -95,15 +108,31 @@ func newSite(t *testing.T, env vars) *site {
 		}
 		return nil
 	}
-	s.api = host(t, proxy)
+	if *throughNginx {
+		behind := httptest.NewServer(proxy)
+		t.Cleanup(behind.Close)
+		s.api = startNginx(t, s.files, behind.Listener.Addr().String()).url
+	} else {
+		s.api = s.host(proxy)
+	}
 	t.Cleanup(s.release)
 	return s
 }
 
 // host serves at an origin of localhost. To a browser all of these are the same site.
-func host(t *testing.T, handler http.Handler) (origin string) {
-	server := httptest.NewServer(handler)
-	t.Cleanup(server.Close)
+func (s *site) host(handler http.Handler) (origin string) {
+	server := httptest.NewUnstartedServer(handler)
+	if s.files == nil {
+		server.Start()
+	} else {
+		certificate, err := tls.X509KeyPair(s.files["cert.pem"], s.files["key.pem"])
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		server.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+		server.StartTLS()
+	}
+	s.t.Cleanup(server.Close)
 	return strings.Replace(server.URL, "127.0.0.1", "localhost", 1)
 }
 
@@ -225,11 +254,12 @@ func (d *delivery) Reset() {}
 
 func (d *delivery) Logout() error { return nil }
 
-// chromium starts a browser with an empty profile.
-func chromium(t *testing.T) context.Context {
+// chromium starts a browser with an empty profile, which accepts the certificate of files.
+func chromium(t *testing.T, files map[string][]byte) context.Context {
 	t.Helper()
 	browser, _ := chromedp.NewContext(context.Background(), chromedp.WithAllocatorOptions(
-		chromedp.DisableGPU, chromedp.Flag("disable-component-update", true)))
+		chromedp.DisableGPU, chromedp.Flag("disable-component-update", true),
+		chromedp.Flag("ignore-certificate-errors-spki-list", fingerprint(t, files["cert.pem"]))))
 	err := chromedp.Do(browser)
 	if errors.Is(err, exec.ErrNotFound) {
 		t.Skip("THE BROWSER TESTS DID NOT RUN: no Chromium (Debian: apt-get install chromium)")
@@ -243,6 +273,21 @@ func chromium(t *testing.T) context.Context {
 		}
 	})
 	return browser
+}
+
+// fingerprint names the key of a certificate as Chromium does.
+func fingerprint(t *testing.T, certificate []byte) string {
+	t.Helper()
+	block, _ := pem.Decode(certificate)
+	if block == nil {
+		return ""
+	}
+	parsed, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := sha256.Sum256(parsed.RawSubjectPublicKeyInfo)
+	return base64.StdEncoding.EncodeToString(hash[:])
 }
 
 // A tab is one tab of a browser.

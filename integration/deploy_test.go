@@ -391,7 +391,8 @@ func TestDeployNginxAlone(t *testing.T) {
 }
 
 // TestDeployBrowser is the browser tests once more, with pages that are served over https and call
-// the server through nginx.
+// the server through nginx. It is not parallel, since a test that starts a container changes the
+// network, and Chromium then drops its HTTP/2 connections.
 func TestDeployBrowser(t *testing.T) {
 	tests, err := os.Executable()
 	if err != nil {

@@ -17,6 +17,9 @@
        RESET        a mailed link resets the password; RESET_1: another link does, too
        DELETE       the user deletes the account
        SQL          an operator replaces the hash, or deletes the row, by plain SQL
+       DISABLE      an operator disables the user; DISABLE=2: so does another
+       SQL_DISABLE  an operator disables the user by plain SQL
+       ENABLE       an operator enables the user, in whatever way
        CLOCK=n      n times, at any moment, the leeway of all exchanged tokens runs out
        FORGET       Redis loses the blacklist keys of session 0, at any moment
        RESEND       REFRESH_REUSE_POLICY=resend */
@@ -35,6 +38,9 @@
 #endif
 #ifndef CLOCK
 #define CLOCK 0
+#endif
+#ifndef DISABLE
+#define DISABLE 0
 #endif
 #ifdef RESEND
 #define RESENDS true
@@ -67,12 +73,13 @@
 /* ---- PostgreSQL: one row and its lock ---- */
 
 byte hash = OLD;                /* what is committed: all that a plain read sees */
+bool disabled = false;          /* likewise: an operator keeps the user from logging in */
 byte sharers = 0;               /* transactions that hold the row's share lock */
 bool exclusive = false;         /* whether one holds its exclusive lock */
 
-/* SELECT password_hash … FOR SHARE */
-inline select_for_share(into, locked) {
-	atomic { !exclusive -> sharers++; locked = true; into = hash }
+/* SELECT password_hash, disabled_at … FOR SHARE */
+inline select_for_share(into, is_disabled, locked) {
+	atomic { !exclusive -> sharers++; into = hash; is_disabled = disabled; locked = true }
 }
 
 /* UPDATE … or DELETE … WHERE password_hash = checked. Its effect is seen when it commits. */
@@ -80,6 +87,15 @@ inline lock_if_unchanged(checked, locked) {
 	atomic {
 		!exclusive && sharers == 0;
 		locked = (hash == checked);
+		exclusive = locked
+	}
+}
+
+/* UPDATE …, whatever the hash is. */
+inline lock_if_there(locked) {
+	atomic {
+		!exclusive && sharers == 0;
+		locked = (hash != NO_ROW);
 		exclusive = locked
 	}
 }
@@ -133,6 +149,7 @@ byte replaced = 0;              /* set: the row has another one now, whoever cha
 byte cut_off = 0;               /* set: those of them that the server replaced */
 byte committed = 1 << OLD;      /* set of hashes: the row has or had them */
 byte link_used = 0;             /* set of hashes: a link that was made for one has reset it */
+bool shut_out = false;          /* the server has disabled the user, and nobody enabled it since */
 bool forgot = false;            /* Redis lost a blacklist */
 
 
@@ -149,7 +166,10 @@ bool forgot = false;            /* Redis lost a blacklist */
 #define cut_off_at_once(s) (!session[s].alive || session[s].known == 0 \
 				|| !has(cut_off, session[s].opened_with))
 
-#define sound(s) (ends_for_good(s) && one_chain(s) && cut_off_at_once(s))
+/* From the commit of a disabling on, no session lives until the user is enabled. */
+#define shut_out_at_once(s) (!session[s].alive || session[s].known == 0 || !shut_out)
+
+#define sound(s) (ends_for_good(s) && one_chain(s) && cut_off_at_once(s) && shut_out_at_once(s))
 
 /* Watch can take its step as soon as something is wrong, and only then. */
 active proctype Watch() {
@@ -162,7 +182,8 @@ end:	atomic {
 		fi;
 		assert(ends_for_good(s));
 		assert(one_chain(s));
-		assert(cut_off_at_once(s))
+		assert(cut_off_at_once(s));
+		assert(shut_out_at_once(s))
 	}
 }
 
@@ -232,8 +253,10 @@ inline rotate(s, shown, h) {
 
 /* Is the outcome what the history of the session calls for? Then it becomes part of the history. */
 inline judge(s, shown) {
-	/* A refresh that read the user after the password was replaced gets nothing. */
-	assert(!((outcome == ROTATED || outcome == RESENT) && has(was_replaced, S.opened_with)));
+	/* A refresh that read the user after the password was replaced, or the user disabled, gets
+	   nothing. */
+	assert(!((outcome == ROTATED || outcome == RESENT)
+		&& (was_disabled || has(was_replaced, S.opened_with))));
 	if
 	:: outcome == ROTATED ->
 		/* Only the end of the chain is exchanged, so each token once. */
@@ -280,6 +303,7 @@ proctype Login(byte s) {
 	byte wanted;
 	byte checked;
 	byte current;
+	bool is_disabled;
 	byte tries = 0;
 	bool locked;
 
@@ -290,7 +314,7 @@ again:
 	:: checked == NO_ROW || password(checked) != wanted -> goto done        /* 401 */
 	:: else
 	fi;
-	select_for_share(current, locked);
+	select_for_share(current, is_disabled, locked);
 	if
 	:: current != checked ->                /* errStale */
 		sharers--;
@@ -299,12 +323,17 @@ again:
 		:: tries < 3 -> goto again
 		:: else -> goto done
 		fi
+	:: current == checked && is_disabled -> /* errDisabled: 403 */
+		sharers--;
+		goto done
 	:: else
 	fi;
 	perhaps_lose_share(locked);
 	d_step { start(s, checked) }
 	if
-	:: locked -> sharers--; add(S.known, 1) /* commit, then 200 and the tokens */
+	:: locked ->
+		d_step { assert(!disabled); sharers-- }         /* commit */
+		add(S.known, 1)                 /* 200, and the tokens */
 	:: locked -> sharers--                  /* the answer of Redis or of the commit was lost: 503 */
 	:: !locked                              /* 503 */
 	fi;
@@ -318,6 +347,7 @@ proctype Refresh(byte s) {
 	byte h;
 	byte next;
 	byte was_replaced;
+	bool was_disabled;
 	bool locked;
 	mtype outcome;
 
@@ -329,10 +359,11 @@ end:	atomic {
 		:: has(S.known, 4) -> shown = 4
 		fi;
 		h = hash;                       /* read without a lock */
+		was_disabled = disabled;
 		was_replaced = replaced
 	}
 	if
-	:: h == NO_ROW ->
+	:: h == NO_ROW || was_disabled ->
 		d_step { revoke(s) }
 		outcome = ENDED;
 		goto answer
@@ -345,19 +376,19 @@ end:	atomic {
 	fi;
 
 	/* The second look. */
-	select_for_share(h, locked);
+	select_for_share(h, was_disabled, locked);
 	perhaps_lose_share(locked);
 	if
-	:: h == NO_ROW -> outcome = STALE
+	:: h == NO_ROW || was_disabled -> outcome = STALE
 	:: else -> d_step { rotate(s, shown, h) }
 	fi;
 	if
 	:: outcome == STALE ->
 		perhaps_lose_share(locked);
 		d_step {
-			/* It ends no session of the password that is right now, unless a change that
-			   failed has bound it to a hash that never was. */
-			assert(!S.alive || S.opened_with != password(hash)
+			/* It ends no session of the password that is right now, unless the user was
+			   disabled, or a change that failed has bound it to a hash that never was. */
+			assert(!S.alive || S.opened_with != password(hash) || was_disabled
 				|| !has(committed, S.digest) || !locked);
 			revoke(s)
 		}
@@ -370,7 +401,7 @@ end:	atomic {
 	fi;
 
 answer:
-	assert(!S.alive || (outcome != ENDED && outcome != THEFT));
+	assert(!S.alive || (outcome != ENDED && outcome != THEFT && !was_disabled));
 	if
 	:: outcome == ROTATED || outcome == RESENT ->
 		d_step {
@@ -564,6 +595,33 @@ done:
 	skip
 }
 
+inline commit_disable() {
+	disabled = true;
+	shut_out = true;
+	exclusive = false
+}
+
+/* store.disableUser */
+proctype Disable() {
+	byte i;
+	bool locked;
+
+	lock_if_there(locked);
+	if
+	:: !locked -> goto done                 /* errNoUser */
+	:: else
+	fi;
+	perhaps_lose_exclusive(locked);
+	d_step { revoke_all_but(NOBODY) }
+	if
+	:: locked -> d_step { commit_disable() }
+	:: locked -> exclusive = false
+	:: !locked
+	fi;
+done:
+	skip
+}
+
 
 /* ---- The world ---- */
 
@@ -579,6 +637,16 @@ proctype Sql() {
 			replaced = ALL; hash = NO_ROW
 		fi
 	}
+}
+
+/* An operator who knows the column disabled_at, at the same prompt. */
+proctype SqlDisable() {
+	atomic { !exclusive && sharers == 0; disabled = (hash != NO_ROW) }
+}
+
+/* store.enableUser, or an operator's SQL. It changes only the row, so it is one step. */
+proctype Enable() {
+	atomic { !exclusive && sharers == 0; disabled = false; shut_out = false }
 }
 
 /* REFRESH_REUSE_LEEWAY passes. */
@@ -614,6 +682,7 @@ init {
 		n = 0; do :: n < REFRESH_1 -> n++; run Refresh(1) :: else -> break od;
 		n = 0; do :: n < REFRESH_2 -> n++; run Refresh(2) :: else -> break od;
 		n = 0; do :: n < CLOCK -> n++; run Clock() :: else -> break od;
+		n = 0; do :: n < DISABLE -> n++; run Disable() :: else -> break od;
 #ifdef FORGET
 		run Forget();
 #endif
@@ -640,6 +709,12 @@ init {
 #endif
 #ifdef SQL
 		run Sql();
+#endif
+#ifdef SQL_DISABLE
+		run SqlDisable();
+#endif
+#ifdef ENABLE
+		run Enable();
 #endif
 	}
 }

@@ -263,9 +263,9 @@ func (f *front) testSession(t *testing.T) {
 		t.Errorf("X-Request-Id %s became %s", id, got)
 	}
 	line := " " + id + ` "POST /auth/signup HTTP/2.0" 201`
-	if log := f.log("access.log"); !strings.Contains(log, line) {
-		t.Errorf("the log of nginx has no %q: %s", line, log)
-	}
+	eventually(t, 5*time.Second, "the log of nginx has "+line, func() bool {
+		return strings.Contains(f.log("access.log"), line)
+	})
 	cookies := signup.Cookies()
 	if len(cookies) != 1 || !cookies[0].Secure || !cookies[0].HttpOnly {
 		t.Errorf("the cookie is %v", cookies)

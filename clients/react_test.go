@@ -2,7 +2,6 @@ package clients
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/http"
@@ -28,8 +27,7 @@ func TestReact(t *testing.T) {
 	run(t, "react", []string{"VITE_API_URL=" + api},
 		"../node_modules/.bin/vite", "build", "--outDir", built, "--emptyOutDir")
 
-	email := strings.ToLower(rand.Text()) + "@example.com"
-	const password = "correct horse battery"
+	email, password := newEmail(), "correct horse battery"
 	body := fmt.Sprintf(`{"email": %q, "password": %q}`, email, password)
 	res, err := http.Post(api+"/auth/signup", "application/json", strings.NewReader(body))
 	if err != nil {

@@ -564,7 +564,7 @@ export function createAuth({ baseURL }) {
      * verifyEmail verifies an address by the link that was mailed to it, and returns the link's
      * user.
      *
-     * @type {(linkToken: string) => Promise<User & { emailVerified: boolean }>}
+     * @type {(linkToken: string) => Promise<User & { emailVerified: true }>}
      */
     verifyEmail: async (linkToken) =>
       (await follow('/auth/email/verify', { token: linkToken })).user,

@@ -9,5 +9,7 @@ const root = createRoot(document.getElementById('root')!);
 // As long as the server cannot be asked, nobody knows who is logged in.
 auth.resume().then(
   () => root.render(<StrictMode><App /></StrictMode>),
-  (error: Error) => root.render(<p role="alert">{error.message}. Reload the page.</p>),
+  (error: Error) => root.render(
+    <p className="problem" role="alert">{error.message}. Reload the page.</p>,
+  ),
 );

@@ -34,9 +34,9 @@
 // A session is bound to a digest of the password hash that it was opened with. A login takes a
 // share lock on the user's row, reads the hash again, and opens its session only if the hash is
 // still the one that the password matched. A password change ends the other sessions while it holds
-// the exclusive lock on that row, so it leaves no session of the old password. An operator who
-// disables a user does it in the same way. If the row changes otherwise, for example by plain SQL, a
-// session ends at its next refresh.
+// the exclusive lock on that row, so it leaves no session of the old password. An operator disables
+// a user in the same way. If the row is changed otherwise, for example by plain SQL, a session ends
+// at its next refresh.
 //
 // # A link by mail
 //
@@ -270,8 +270,14 @@ const (
 
 	// redisMapInterval is how old the client's map of a cluster's slots gets before a request, for
 	// example one to /readyz, makes it load the map again. So a replica of the server that has had
-	// no users for a while learns of a new master, too.
+	// no users for a while learns of a new master, too. Sentinels are asked as often, also without
+	// requests.
 	redisMapInterval = time.Second
+
+	// sentinelTimeout bounds asking all sentinels which Redis is the master. Requests wait for that
+	// only until the first answer after the start. Later it delays how soon the client follows a
+	// failover if one of the sentinels is silent.
+	sentinelTimeout = 250 * time.Millisecond
 
 	// redisPipelinePoolSize turns off a second pool, which commands would wait for as well.
 	redisPipelinePoolSize = -1
@@ -470,18 +476,35 @@ func migrateWhenReachable(ctx context.Context, database *pgx.ConnConfig, log *sl
 	}
 }
 
-// newRedisClient returns a client for a single Redis or a cluster.
+// newRedisClient returns a client for a single Redis, a cluster, or the master that sentinels name.
 func newRedisClient(options *redis.UniversalOptions) redis.UniversalClient {
 	logging.Disable() // what fails is in our own log, with its cause
-	if !options.IsClusterMode {
+	switch {
+	case options.MasterName != "":
+		watchers := newSentinels(options, sentinelTimeout)
+		clusterOptions := options.Cluster()
+		clusterOptions.Addrs = nil // these are the sentinels
+		clusterOptions.ClusterSlots = watchers.slots
+		if options.DB != 0 {
+			clusterOptions.OnConnect = func(ctx context.Context, conn *redis.Conn) error {
+				return conn.Select(ctx, options.DB).Err()
+			}
+		}
+		return followMaster(newClusterClient(clusterOptions), watchers, redisMapInterval)
+	case options.IsClusterMode:
+		return newClusterClient(options.Cluster())
+	default:
 		return redis.NewClient(options.Simple())
 	}
-	clusterOptions := options.Cluster()
+}
+
+// newClusterClient returns a client for a Redis Cluster.
+func newClusterClient(options *redis.ClusterOptions) *redis.ClusterClient {
 	// Without this, the client asks for the list of all commands before it sends its first one.
 	// That takes up to 5 s, which no deadline of ours bounds.
-	clusterOptions.DisableRoutingPolicies = true
-	clusterOptions.ClusterStateReloadInterval = redisMapInterval
-	cluster := redis.NewClusterClient(clusterOptions)
+	options.DisableRoutingPolicies = true
+	options.ClusterStateReloadInterval = redisMapInterval
+	cluster := redis.NewClusterClient(options)
 	cluster.AddHook(reloadHook{cluster})
 	return cluster
 }
@@ -570,7 +593,12 @@ func newApp(
 	}
 	mails := newMailer(mailPartsOf(cfg, log, s, rdb))
 	m := newMetrics(func() []sample {
-		return append(readSamples(h, db, rdb), mailSamples(mails)...)
+		return slices.Concat(
+			hashingSamples(h),
+			storeSamples(db, rdb),
+			processSamples(),
+			mailSamples(mails),
+		)
 	})
 	draining := &atomic.Bool{}
 	handlers := &auth{
@@ -766,12 +794,8 @@ func availability(err error) string {
 	return "ok"
 }
 
-// readSamples reads the metrics that are not counted.
-func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sample {
-	postgres := db.Stat()
-	connections := rdb.PoolStats()
-	var memory runtime.MemStats
-	runtime.ReadMemStats(&memory)
+// hashingSamples reads the metrics about hashing.
+func hashingSamples(h *hasher) []sample {
 	return []sample{
 		{
 			series: "latchkey_hashing_slots",
@@ -793,6 +817,14 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 			help:   "Requests refused because no hashing slot came free in time.",
 			value:  float64(h.refused.Load()),
 		},
+	}
+}
+
+// storeSamples reads the metrics about the connections to the stores.
+func storeSamples(db *pgxpool.Pool, rdb redis.UniversalClient) []sample {
+	postgres := db.Stat()
+	connections := rdb.PoolStats()
+	return []sample{
 		{
 			series: `latchkey_postgres_connections{state="idle"}`,
 			help:   "Connections to PostgreSQL.",
@@ -826,6 +858,14 @@ func readSamples(h *hasher, db *pgxpool.Pool, rdb redis.UniversalClient) []sampl
 			help:   "Operations that got no connection to Redis in time, because all were busy.",
 			value:  float64(connections.Timeouts),
 		},
+	}
+}
+
+// processSamples reads the metrics about the process.
+func processSamples() []sample {
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+	return []sample{
 		{
 			series: "go_goroutines",
 			help:   "Goroutines that exist.",
@@ -1142,10 +1182,20 @@ func (e *environment) redis() *redis.UniversalOptions {
 	if value == "" {
 		return options
 	}
+	failover, failoverErr := parseSentinelURL(value)
 	cluster, clusterErr := redis.ParseClusterURL(value)
 	single, singleErr := redis.ParseURL(value)
 	isURL := isServerURL(value, "redis", "rediss")
 	switch {
+	case isURL && failoverErr == nil && failover.MasterName != "":
+		options.MasterName = failover.MasterName
+		options.Addrs = failover.SentinelAddrs
+		options.DB = failover.DB
+		options.Username = failover.Username
+		options.Password = failover.Password
+		options.SentinelUsername = failover.SentinelUsername
+		options.SentinelPassword = failover.SentinelPassword
+		options.TLSConfig = failover.TLSConfig
 	case isURL && clusterErr == nil && len(cluster.Addrs) > 1:
 		options.IsClusterMode = true
 		options.Addrs = cluster.Addrs
@@ -1163,6 +1213,33 @@ func (e *environment) redis() *redis.UniversalOptions {
 			"for TLS, with the password percent-encoded")
 	}
 	return options
+}
+
+// parseSentinelURL is redis.ParseFailoverURL for a URL whose user and password are those of Redis,
+// as they are in the URLs without sentinels. Those of the sentinels are parameters.
+func parseSentinelURL(value string) (*redis.FailoverOptions, error) {
+	u, err := url.Parse(value)
+	if err != nil {
+		return nil, err
+	}
+	query, err := url.ParseQuery(u.RawQuery)
+	if err != nil {
+		return nil, err
+	}
+	username, password := query.Get("sentinel_username"), query.Get("sentinel_password")
+	query.Del("sentinel_username")
+	query.Del("sentinel_password")
+	u.RawQuery = query.Encode()
+	options, err := redis.ParseFailoverURL(u.String())
+	if err != nil {
+		return nil, err
+	}
+	options.Username, options.Password = options.SentinelUsername, options.SentinelPassword
+	options.SentinelUsername, options.SentinelPassword = username, password
+	if options.TLSConfig != nil {
+		options.TLSConfig.ServerName = "" // each server has to prove its own name
+	}
+	return options, nil
 }
 
 var (

@@ -669,8 +669,14 @@ var variables = map[string]string{
 		`|*|null|a.example|ftp://a.example|https://a.example/path|https://a.example,*` +
 		`|https://*.example|https://a.example?x|https://u:p@a.example|,|,https://a.example` +
 		`|https://a.example:|https://exämple.com`,
-	"REDIS_URL": `redis://h:1|rediss://u:p@h:1/2|redis://h:1?addr=h:2&addr=h:3 -> ` +
-		`|http://h|h:6379|redis://h:1/x|redis://:top@secret@h:1`,
+	"REDIS_URL": `redis://h:1|rediss://u:p@h:1/2|redis://h:1?addr=h:2&addr=h:3` +
+		`|redis://h:1?master_name=m` +
+		`|rediss://u:p@h:1/2?master_name=m&addr=h:2&sentinel_username=u&sentinel_password=%40 -> ` +
+		`|http://h|h:6379|redis://h:1/x|redis://:top@secret@h:1|redis://h:1?x=1` +
+		`|redis://h:1?master_name=|redis://h:1?sentinel_password=p|redis://h:1/x?master_name=m` +
+		`|redis://h:1?master_name=m&addr=h|redis://h:1?master_name=m&x=1` +
+		`|redis://h:1?master_name=m&sentinel_password=top%` +
+		`|redis://h:1?master_name=m&sentinel_password=@`,
 	"JWT_SECRET":                  `LONG|ÉÉ -> |SHORT|É| LONG|LONG |LONG` + "\n|REFRESH",
 	"JWT_REFRESH_SECRET":          `LONG|ÉÉ -> |SHORT|É| LONG|LONG |LONG` + "\n|ACCESS",
 	"JWT_SECRET_PREVIOUS":         `|LONG -> SHORT| LONG|ACCESS|REFRESH`,
@@ -769,6 +775,7 @@ func TestDeadlines(t *testing.T) {
 		"a request":                           {longest(defaultBcryptCost), 5 * time.Second},
 		"a request with the costliest hashes": {longest(maxBcryptCost), writeTimeout},
 		"a silent Redis":                      {redisPoolTimeout + redisTimeout, time.Second},
+		"a sentinel, then a silent Redis":     {sentinelTimeout + redisTimeout, time.Second},
 		"a silent PostgreSQL":                 {postgresTimeout, 2 * time.Second},
 		"a try to send, greeted after 20 s":   {20 * time.Second, mailTimeout},
 		"greylisting":                         {5 * time.Minute, mailFirstPause + mailSecondPause},

@@ -11,10 +11,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode"
@@ -788,6 +790,119 @@ func (h reloadHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 
 func (h reloadHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return next
+}
+
+// sentinels know which Redis is the master.
+type sentinels struct {
+	clients []*redis.SentinelClient
+	name    string        // of the master
+	timeout time.Duration // of asking all of them
+}
+
+func newSentinels(options *redis.UniversalOptions, timeout time.Duration) *sentinels {
+	s := &sentinels{name: options.MasterName, timeout: timeout}
+	for _, addr := range options.Addrs {
+		sentinel := options.Simple()
+		sentinel.Addr = addr
+		sentinel.DB = 0
+		sentinel.Username = options.SentinelUsername
+		sentinel.Password = options.SentinelPassword
+		s.clients = append(s.clients, redis.NewSentinelClient(sentinel))
+	}
+	return s
+}
+
+// slots returns the map of a cluster whose only node is the master. It asks all sentinels at once.
+// One that is cut off from the others, or was until now, may still name the master of before a
+// failover. So the answer with the latest epoch counts.
+func (s *sentinels) slots(ctx context.Context) ([]redis.ClusterSlot, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	answers := make([]namedMaster, len(s.clients))
+	errs := make([]error, len(s.clients))
+	var questions sync.WaitGroup
+	for i, sentinel := range s.clients {
+		questions.Go(func() { answers[i], errs[i] = s.ask(ctx, sentinel) })
+	}
+	questions.Wait()
+	var latest namedMaster
+	for _, master := range answers {
+		if latest.addr == "" || master.epoch > latest.epoch {
+			latest = master
+		}
+	}
+	if latest.addr == "" {
+		// Not %w: what a sentinel reports is no fault of Redis.
+		return nil, fmt.Errorf("none of %v names the master: %v", s.clients, errs)
+	}
+	nodes := []redis.ClusterNode{{Addr: latest.addr}}
+	return []redis.ClusterSlot{{Start: 0, End: 16383, Nodes: nodes}}, nil
+}
+
+// namedMaster is the master as a sentinel knows it.
+type namedMaster struct {
+	addr  string
+	epoch int // the number of the failover that made it the master
+}
+
+func (s *sentinels) ask(
+	ctx context.Context,
+	sentinel *redis.SentinelClient,
+) (namedMaster, error) {
+	// The epoch comes first. If a failover ends in between, the new master has the old epoch for
+	// once. The other way round, the old master would have the new one.
+	info, err := sentinel.Master(ctx, s.name).Result()
+	if err != nil {
+		return namedMaster{}, err
+	}
+	// In the middle of a failover this is the new master, and info still has the old one.
+	addr, err := sentinel.GetMasterAddrByName(ctx, s.name).Result()
+	if err != nil {
+		return namedMaster{}, err
+	}
+	epoch, _ := strconv.Atoi(info["config-epoch"]) // it is always a number
+	return namedMaster{addr: net.JoinHostPort(addr[0], addr[1]), epoch: epoch}, nil
+}
+
+// failoverClient is a client for the master that sentinels name. To go-redis it is a cluster of one
+// node, whose map is loaded in the background. So requests do not wait for sentinels, and if all of
+// them are away, the master is the one that they named last. The failover client of go-redis asks
+// a sentinel for each new connection instead, and fails without.
+type failoverClient struct {
+	*redis.ClusterClient
+	sentinels *sentinels
+	stop      context.CancelFunc
+}
+
+// followMaster returns a client that asks the sentinels at an interval, although nobody may use it.
+// Otherwise its first request after a failover would go to the old master, and that may be back and
+// not know yet that it is a replica.
+func followMaster(
+	cluster *redis.ClusterClient,
+	s *sentinels,
+	interval time.Duration,
+) *failoverClient {
+	ctx, stop := context.WithCancel(context.Background())
+	go func() {
+		ticker := time.NewTicker(interval)
+		defer ticker.Stop()
+		for ctx.Err() == nil {
+			cluster.ReloadState(ctx) // in the background, one at a time
+			select {
+			case <-ticker.C:
+			case <-ctx.Done():
+			}
+		}
+	}()
+	return &failoverClient{cluster, s, stop}
+}
+
+func (c *failoverClient) Close() error {
+	c.stop()
+	for _, sentinel := range c.sentinels.clients {
+		_ = sentinel.Close()
+	}
+	return c.ClusterClient.Close()
 }
 
 var (

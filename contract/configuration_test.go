@@ -115,6 +115,7 @@ func showsNoPassword(s *server) {
 	for mark := range strings.FieldsSeq(`@ / : ? # % - ; \ $`) {
 		urls["postgres://user:top"+mark+"secret@127.0.0.1:1/x"] = "DATABASE_URL"
 		urls["redis://user:top"+mark+"secret@127.0.0.1:1/x"] = "REDIS_URL"
+		urls["redis://h:1/x?master_name=m&sentinel_password=top"+mark+"secret"] = "REDIS_URL"
 	}
 	for value, name := range urls {
 		output := s.startFails(s.stores.environment(env{name: value}))

@@ -275,13 +275,21 @@ type redisNode struct {
 // Without one that says otherwise, it keeps nothing on the disk.
 func startRedis(t *testing.T, settings ...string) *redisNode {
 	t.Helper()
+	r := newRedis(t, "", append([]string{`save ""`}, settings...))
+	r.awaitReady()
+	return r
+}
+
+// newRedis starts a redis-server with more arguments than its file of settings. The tests log in
+// with the password.
+func newRedis(t *testing.T, password string, settings []string, args ...string) *redisNode {
+	t.Helper()
 	port := freePort(t)
 	folder := t.TempDir()
 	lines := append([]string{
 		"bind 127.0.0.1",
 		"port " + port,
 		"dir " + folder,
-		`save ""`,
 	}, settings...)
 	file := filepath.Join(folder, "redis.conf")
 	if err := os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
@@ -293,15 +301,16 @@ func startRedis(t *testing.T, settings ...string) *redisNode {
 		url:  "redis://127.0.0.1:" + port + "/0",
 		client: redis.NewClient(&redis.Options{
 			Addr:       net.JoinHostPort("127.0.0.1", port),
+			Password:   password,
 			MaxRetries: -1,
 		}),
 	}
 	t.Cleanup(func() { r.client.Close() })
-	r.process = startProcess(t, "redis-"+port, exec.Command("redis-server", file))
+	cmd := exec.Command("redis-server", append([]string{file}, args...)...)
+	r.process = startProcess(t, "redis-"+port, cmd)
 	r.isReady = func() bool {
 		return r.client.Ping(context.Background()).Err() == nil
 	}
-	r.awaitReady()
 	return r
 }
 

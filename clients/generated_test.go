@@ -22,6 +22,7 @@ func TestTypeScript(t *testing.T) {
 // TestGo generates a package from openapi.yaml, and runs the program that uses it.
 func TestGo(t *testing.T) {
 	run(t, "go", nil, "go", "generate")
+	run(t, "go", nil, "go", "mod", "tidy", "-diff")
 	run(t, "go", nil, "go", "vet", "./...")
 	url, email := serve(t), newEmail()
 	got := run(t, "go", nil, "go", "run", ".", url, email)

@@ -342,10 +342,11 @@ export function createAuth({ baseURL }) {
     const used = token;
     const response = await send();
     if (response.status !== 401) return response;
-    const { code } = await response.clone().json().catch(() => ({}));
+    const said = await response.clone().json().catch(() => null);
     // The session that was revoked may be an older one. If the cookie is of a newer login, the
     // refresh carries on with that.
-    if (!['token_expired', 'invalid_token', 'session_revoked'].includes(code)) return response;
+    const stale = ['token_expired', 'invalid_token', 'session_revoked'].includes(said?.code);
+    if (!stale) return response;
     await renew(used);
     return send();
   }

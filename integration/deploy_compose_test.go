@@ -148,8 +148,9 @@ func TestDeployCompose(t *testing.T) {
 	p.docker("stop", servers[0])
 	var tokens struct{ AccessToken string }
 	refresh := ada.ask("POST", f.url+"/auth/refresh", "")
-	if err := json.Unmarshal([]byte(refresh.text), &tokens); err != nil {
-		t.Fatalf("refresh: %d %s %v", refresh.StatusCode, refresh.text, err)
+	err := json.Unmarshal([]byte(refresh.text), &tokens)
+	if err != nil || refresh.StatusCode != 200 {
+		t.Fatalf("refresh: %d %s", refresh.StatusCode, refresh.text)
 	}
 	sessions := ada.ask("GET", f.url+"/auth/sessions", "",
 		"Authorization", "Bearer "+tokens.AccessToken)

@@ -19,7 +19,7 @@ dev: go ## like run, but rebuild and restart at every saved change
 	scripts/with-services --keep .data go run $(AIR) \
 	    -tmp_dir .data/air \
 	    -build.include_ext go,sql,lua,tmpl,txt \
-	    -build.exclude_dir .data,bench,chaos,contract,examples,integration,scripts,spec \
+	    -build.exclude_dir .data,bench,chaos,clients,contract,examples,integration,scripts,spec \
 	    -build.full_bin 'exec .data/air/main' \
 	    -build.send_interrupt true \
 	    -build.kill_delay 15000
@@ -44,6 +44,9 @@ bench: go ## the benchmarks
 chaos: go ## break the stores and the servers, and print what happened
 	PATH="$$PATH:/usr/sbin" go test -C chaos -count=1 -timeout 60m -v ./...
 
+clients: go ## clients in Go, TypeScript and React, which need npm and Chromium
+	scripts/with-services go test -C clients -count=1 ./...
+
 integration: go ## the tests of the image, Compose, a cluster and the browser, which need Docker
 	go test -C integration -count=1 -timeout 15m ./...
 
@@ -57,4 +60,4 @@ go:
 	    exit 1 ;; \
 	esac
 
-.PHONY: help run dev test check spec bench chaos integration go
+.PHONY: help run dev test check spec bench chaos clients integration go

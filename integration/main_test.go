@@ -1,12 +1,12 @@
 // Package integration runs Latchkey as its users run it: the image of its own Dockerfile, in
 // containers, against real PostgreSQL and Redis. It holds the image to the HTTP contract with the
-// suite in contract/, and tests what is about Docker, Compose, a Redis Cluster, a browser and a mail
-// server.
+// suite in contract/, and tests what is about Docker, Compose, a Redis Cluster, a browser, a mail
+// server, and the files of examples/deploy.
 //
 //	go test -C integration -count=1 -timeout 15m ./...
 //
 // It needs a Docker engine on Linux, for the network of the host. The browser tests need Chromium,
-// and the test of mails needs Postfix and root.
+// those of nginx need nginx, and the test of mails needs Postfix and root.
 package integration
 
 import (

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -55,6 +56,21 @@ func TestReact(t *testing.T) {
 	first.see("h1", "Log in")
 	second.do(chromedp.Reload())
 	second.see("h1", "Log in")
+}
+
+// TestReadme compares the lines for React in the README with those that the app is built from.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, err := os.ReadFile("react/src/user.ts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(readme), "\n```ts\n"+string(lines)+"```\n") {
+		t.Error("README.md does not show react/src/user.ts as it is")
+	}
 }
 
 // chromium starts a browser with an empty profile.

@@ -3,7 +3,7 @@
 // suite in contract/, and tests what is about Docker, Compose, a Redis Cluster, a browser, a mail
 // server, and the files of examples/deploy.
 //
-//	go test -C integration -count=1 -timeout 15m ./...
+//	go test -C integration -count=1 -timeout 25m ./...
 //
 // It needs a Docker engine on Linux, for the network of the host. The browser tests need Chromium,
 // those of nginx need nginx, and the test of mails needs Postfix and root.

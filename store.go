@@ -167,8 +167,8 @@ func (s *store) findUserByEmail(ctx context.Context, email string) (user, error)
 const usersPage = 1000
 
 // listUsers returns users whose email begins with prefix and comes after another email, in the
-// order of the emails. Case does not count. It returns at most usersPage users. Every email comes
-// after "".
+// order of the emails. Case does not count. It returns at most usersPage users. The first page
+// comes after "".
 func (s *store) listUsers(ctx context.Context, prefix, after string) ([]user, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.postgresTimeout)
 	defer cancel()
@@ -859,6 +859,9 @@ func (s *sentinels) ask(
 	addr, err := sentinel.GetMasterAddrByName(ctx, s.name).Result()
 	if err != nil {
 		return namedMaster{}, err
+	}
+	if len(addr) != 2 {
+		return namedMaster{}, fmt.Errorf("the answer is no address: %q", addr)
 	}
 	epoch, _ := strconv.Atoi(info["config-epoch"]) // it is always a number
 	return namedMaster{addr: net.JoinHostPort(addr[0], addr[1]), epoch: epoch}, nil

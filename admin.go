@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf16"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
@@ -361,9 +362,19 @@ func (r report) link(url string, expiresAt time.Time) error {
 
 // json prints a value as one line. If the line cannot be written, flushing w reports it.
 func (r report) json(value any) {
-	encoder := json.NewEncoder(r.w)
+	var line strings.Builder
+	encoder := json.NewEncoder(&line)
 	encoder.SetEscapeHTML(false) // a link may have an & in it
-	_ = encoder.Encode(value)
+	_ = encoder.Encode(value)    // reports always encode
+	for _, c := range line.String() {
+		if unicode.IsPrint(c) || c == '\n' {
+			r.w.WriteRune(c)
+			continue
+		}
+		for _, unit := range utf16.AppendRune(nil, c) {
+			fmt.Fprintf(r.w, `\u%04x`, unit) // as printable, but with the same value for a program
+		}
+	}
 }
 
 func tableTime(t time.Time) string {

@@ -176,9 +176,12 @@ var operatorPromises = []promise{
 		c := s.newUser()
 		c.agent = "\u009b31m red\u202e"
 		c.send(signupOf(c.email, c.password)).ok()
-		got := s.operate("user", c.email).done().stdout
-		s.expect(strings.Contains(got, "31m red") && !strings.ContainsAny(got, "\u009b\u202e"),
-			"the table is %q", got)
+		table := s.operate("user", c.email).done().stdout
+		line := s.operate("user", c.email, "--json")
+		got := line.account().Sessions[0].UserAgent
+		s.expect(strings.Contains(table, "31m red") && got == c.agent &&
+			!strings.ContainsAny(table+line.stdout, "\u009b\u202e"),
+			"it prints %q and %q", table, line.stdout)
 	}},
 	{"a subcommand that is not understood prints the usage, and does nothing", own,
 		func(s *server) {

@@ -1185,7 +1185,9 @@ func (e *environment) redis() *redis.UniversalOptions {
 	failover, failoverErr := parseSentinelURL(value)
 	cluster, clusterErr := redis.ParseClusterURL(value)
 	single, singleErr := redis.ParseURL(value)
-	isURL := isServerURL(value, "redis", "rediss")
+	_, query, _ := strings.Cut(value, "?")
+	_, queryErr := url.ParseQuery(query) // go-redis would ignore what it cannot parse
+	isURL := isServerURL(value, "redis", "rediss") && queryErr == nil
 	switch {
 	case isURL && failoverErr == nil && failover.MasterName != "":
 		options.MasterName = failover.MasterName

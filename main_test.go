@@ -676,7 +676,7 @@ var variables = map[string]string{
 		`|redis://h:1?master_name=|redis://h:1?sentinel_password=p|redis://h:1/x?master_name=m` +
 		`|redis://h:1?master_name=m&addr=h|redis://h:1?master_name=m&x=1` +
 		`|redis://h:1?master_name=m&sentinel_password=top%` +
-		`|redis://h:1?master_name=m&sentinel_password=@`,
+		`|redis://h:1?master_name=m&sentinel_password=@|redis://h:1?master_name=m;db=1`,
 	"JWT_SECRET":                  `LONG|ÉÉ -> |SHORT|É| LONG|LONG |LONG` + "\n|REFRESH",
 	"JWT_REFRESH_SECRET":          `LONG|ÉÉ -> |SHORT|É| LONG|LONG |LONG` + "\n|ACCESS",
 	"JWT_SECRET_PREVIOUS":         `|LONG -> SHORT| LONG|ACCESS|REFRESH`,

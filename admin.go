@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -26,7 +25,7 @@ type admin struct {
 	store *store
 	links links
 	log   *slog.Logger
-	out   report
+	out   printer
 }
 
 // adminNeeds says what a subcommand needs beside PostgreSQL.
@@ -53,25 +52,26 @@ var userActions = map[string]userAction{
 
 // runUser executes the subcommand user. args are an email and, unless it is show, an action.
 func runUser(ctx context.Context, env *environment, args []string, stdout, stderr io.Writer) error {
-	args, out := newReport(args, stdout)
+	rest, asJSON := splitJSON(args)
 	name := "show"
-	if len(args) == 2 {
-		name = args[1]
+	if len(rest) == 2 {
+		name = rest[1]
 	}
 	action, known := userActions[name]
-	if !known || len(args) < 1 || len(args) > 2 {
-		return usageError(stderr, "user")
+	if !known || len(rest) < 1 || len(rest) > 2 {
+		return usageError(stderr, "user", strings.Join(args, " "))
 	}
-	a, err := newAdmin(ctx, env, action.needs, out, stderr)
+	a, err := newAdmin(ctx, env, action.needs, newPrinter(stdout, asJSON), stderr)
 	if err != nil {
 		return err
 	}
 	defer a.close()
-	u, err := a.store.findUserByEmail(ctx, normalizeEmail(args[0]))
+	u, err := a.store.findUserByEmail(ctx, normalizeEmail(rest[0]))
 	if err != nil {
 		return err
 	}
-	return action.do(a, ctx, u)
+	// What has begun is not undone by Ctrl-C. The stores' timeouts bound it.
+	return action.do(a, context.WithoutCancel(ctx), u)
 }
 
 // runUsers executes the subcommand users. args may have the beginning of the emails to list.
@@ -81,16 +81,29 @@ func runUsers(
 	args []string,
 	stdout, stderr io.Writer,
 ) error {
-	args, out := newReport(args, stdout)
-	if len(args) > 1 {
-		return usageError(stderr, "users")
+	rest, asJSON := splitJSON(args)
+	prefix := strings.Join(rest, " ")
+	if len(rest) > 1 || strings.HasPrefix(prefix, "--") {
+		return usageError(stderr, "users", strings.Join(args, " "))
 	}
-	a, err := newAdmin(ctx, env, adminNeeds{}, out, stderr)
+	a, err := newAdmin(ctx, env, adminNeeds{}, newPrinter(stdout, asJSON), stderr)
 	if err != nil {
 		return err
 	}
 	defer a.close()
-	return a.listUsers(ctx, strings.Join(args, ""))
+	return a.listUsers(ctx, prefix)
+}
+
+// splitJSON returns the arguments without --json, and whether it is among them.
+func splitJSON(args []string) (rest []string, asJSON bool) {
+	for _, arg := range args {
+		if arg == "--json" {
+			asJSON = true
+			continue
+		}
+		rest = append(rest, arg)
+	}
+	return rest, asJSON
 }
 
 // newAdmin reads the variables that a subcommand needs, and connects to the stores.
@@ -98,17 +111,17 @@ func newAdmin(
 	ctx context.Context,
 	env *environment,
 	needs adminNeeds,
-	out report,
+	out printer,
 	stderr io.Writer,
 ) (*admin, error) {
-	database := env.database()
+	database := env.databaseURL()
 	var redisOptions *redis.UniversalOptions
 	if needs.redis {
 		redisOptions = env.redis()
 	}
-	var l links
+	var resetLinks links
 	if needs.links {
-		l = env.resetLinks()
+		resetLinks = env.resetLinks()
 	}
 	if err := env.err(); err != nil {
 		return nil, err
@@ -118,19 +131,20 @@ func newAdmin(
 	if err != nil {
 		return nil, err
 	}
-	a := &admin{
+	var rdb redis.UniversalClient
+	if needs.redis {
+		rdb = newRedisClient(redisOptions)
+	}
+	return &admin{
 		store: &store{
 			db:              db,
-			postgresTimeout: postgresTimeout,
+			rdb:             rdb,
+			postgresTimeout: operatorTimeout,
 		},
-		links: l,
-		log:   newLogger(config{development: env.development}, stderr),
+		links: resetLinks,
+		log:   newLogger(env.development, slog.LevelInfo, stderr),
 		out:   out,
-	}
-	if needs.redis {
-		a.store.rdb = newRedisClient(redisOptions)
-	}
-	return a, nil
+	}, nil
 }
 
 func (a *admin) close() {
@@ -151,20 +165,28 @@ func (a *admin) showUser(ctx context.Context, u user) error {
 
 // disableUser ends all sessions of an account and keeps the user from logging in.
 func (a *admin) disableUser(ctx context.Context, u user) error {
-	u, err := a.store.disableUser(ctx, u.ID)
-	return a.done("disable", u, err)
+	disabled, err := a.store.disableUser(ctx, u.ID)
+	if err != nil {
+		return err
+	}
+	return a.done("disable", disabled)
 }
 
 // enableUser lets the user of an account log in again.
 func (a *admin) enableUser(ctx context.Context, u user) error {
-	u, err := a.store.enableUser(ctx, u.ID)
-	return a.done("enable", u, err)
+	enabled, err := a.store.enableUser(ctx, u.ID)
+	if err != nil {
+		return err
+	}
+	return a.done("enable", enabled)
 }
 
 // revokeSessions ends all sessions of an account.
 func (a *admin) revokeSessions(ctx context.Context, u user) error {
-	err := a.store.revokeAll(ctx, u.ID, noSession)
-	return a.done("revoke", u, err)
+	if err := a.store.revokeAll(ctx, u.ID, noSession); err != nil {
+		return err
+	}
+	return a.done("revoke", u)
 }
 
 // deleteUser deletes an account and ends all of its sessions.
@@ -176,15 +198,14 @@ func (a *admin) deleteUser(ctx context.Context, u user) error {
 		}
 		return a.store.deleteUser(ctx, latest, noSession)
 	})
-	return a.done("delete", u, err)
-}
-
-// done logs what was done to an account, and prints the account. If err is not nil, nothing was
-// done, and done returns err.
-func (a *admin) done(action string, u user, err error) error {
 	if err != nil {
 		return err
 	}
+	return a.done("delete", u)
+}
+
+// done logs what was done to an account, and prints the account.
+func (a *admin) done(action string, u user) error {
 	a.logAction(action, u)
 	return a.out.account(u)
 }
@@ -272,41 +293,39 @@ const (
 	linkColumns    = "%-20s  %s\n"
 )
 
-// report prints the answers of a subcommand: a table for people or, if asJSON is set, one JSON
+// printer prints the answers of a subcommand: a table for people or, if asJSON is set, one JSON
 // object per line. What it prints may be in w until that is flushed.
-type report struct {
+type printer struct {
 	w      *bufio.Writer
 	asJSON bool
 }
 
-// newReport returns the arguments without --json, and a report that obeys it.
-func newReport(args []string, stdout io.Writer) ([]string, report) {
-	isJSON := func(arg string) bool { return arg == "--json" }
-	return slices.DeleteFunc(slices.Clone(args), isJSON), report{
+func newPrinter(stdout io.Writer, asJSON bool) printer {
+	return printer{
 		w:      bufio.NewWriter(stdout),
-		asJSON: slices.ContainsFunc(args, isJSON),
+		asJSON: asJSON,
 	}
 }
 
 // account prints an account.
-func (r report) account(u user) error {
-	r.accountHeader()
-	r.accountRow(u)
-	return r.w.Flush()
+func (p printer) account(u user) error {
+	p.accountHeader()
+	p.accountRow(u)
+	return p.w.Flush()
 }
 
-func (r report) accountHeader() {
-	if !r.asJSON {
-		fmt.Fprintf(r.w, accountColumns, "ID", "CREATED", "VERIFIED", "DISABLED", "EMAIL")
+func (p printer) accountHeader() {
+	if !p.asJSON {
+		fmt.Fprintf(p.w, accountColumns, "ID", "CREATED", "VERIFIED", "DISABLED", "EMAIL")
 	}
 }
 
-func (r report) accountRow(u user) {
-	if r.asJSON {
-		r.json(reportOf(u))
+func (p printer) accountRow(u user) {
+	if p.asJSON {
+		p.json(reportOf(u))
 		return
 	}
-	fmt.Fprintf(r.w, accountColumns,
+	fmt.Fprintf(p.w, accountColumns,
 		u.ID,
 		tableTime(u.CreatedAt),
 		yesOrNo(u.Verified),
@@ -316,8 +335,8 @@ func (r report) accountRow(u user) {
 }
 
 // accountWithSessions prints an account and its sessions.
-func (r report) accountWithSessions(u user, sessions []session) error {
-	if r.asJSON {
+func (p printer) accountWithSessions(u user, sessions []session) error {
+	if p.asJSON {
 		detailed := detailedReport{
 			accountReport: reportOf(u),
 			Sessions:      []sessionReport{},
@@ -331,14 +350,14 @@ func (r report) accountWithSessions(u user, sessions []session) error {
 				UserAgent:  s.Device.UserAgent,
 			})
 		}
-		r.json(detailed)
-		return r.w.Flush()
+		p.json(detailed)
+		return p.w.Flush()
 	}
-	r.accountHeader()
-	r.accountRow(u)
-	fmt.Fprintf(r.w, "\n"+sessionColumns, "SESSION", "CREATED", "LAST USED", "IP", "USER AGENT")
+	p.accountHeader()
+	p.accountRow(u)
+	fmt.Fprintf(p.w, "\n"+sessionColumns, "SESSION", "CREATED", "LAST USED", "IP", "USER AGENT")
 	for _, s := range sessions {
-		fmt.Fprintf(r.w, sessionColumns,
+		fmt.Fprintf(p.w, sessionColumns,
 			s.ID,
 			tableTime(s.CreatedAt),
 			tableTime(s.LastUsedAt),
@@ -346,33 +365,33 @@ func (r report) accountWithSessions(u user, sessions []session) error {
 			printable(s.Device.UserAgent),
 		)
 	}
-	return r.w.Flush()
+	return p.w.Flush()
 }
 
 // link prints a link.
-func (r report) link(url string, expiresAt time.Time) error {
-	if r.asJSON {
-		r.json(linkReport{url, timestamp(expiresAt)})
-		return r.w.Flush()
+func (p printer) link(url string, expiresAt time.Time) error {
+	if p.asJSON {
+		p.json(linkReport{url, timestamp(expiresAt)})
+		return p.w.Flush()
 	}
-	fmt.Fprintf(r.w, linkColumns, "EXPIRES", "LINK")
-	fmt.Fprintf(r.w, linkColumns, tableTime(expiresAt), url)
-	return r.w.Flush()
+	fmt.Fprintf(p.w, linkColumns, "EXPIRES", "LINK")
+	fmt.Fprintf(p.w, linkColumns, tableTime(expiresAt), url)
+	return p.w.Flush()
 }
 
 // json prints a value as one line. If the line cannot be written, flushing w reports it.
-func (r report) json(value any) {
+func (p printer) json(value any) {
 	var line strings.Builder
 	encoder := json.NewEncoder(&line)
 	encoder.SetEscapeHTML(false) // a link may have an & in it
 	_ = encoder.Encode(value)    // reports always encode
 	for _, c := range line.String() {
 		if unicode.IsPrint(c) || c == '\n' {
-			r.w.WriteRune(c)
+			p.w.WriteRune(c)
 			continue
 		}
 		for _, unit := range utf16.AppendRune(nil, c) {
-			fmt.Fprintf(r.w, `\u%04x`, unit) // as printable, but with the same value for a program
+			fmt.Fprintf(p.w, `\u%04x`, unit) // as printable, but with the same value for a program
 		}
 	}
 }
@@ -381,8 +400,8 @@ func tableTime(t time.Time) string {
 	return t.UTC().Format(time.RFC3339)
 }
 
-func yesOrNo(is bool) string {
-	if is {
+func yesOrNo(yes bool) string {
+	if yes {
 		return "yes"
 	}
 	return "no"
@@ -391,9 +410,9 @@ func yesOrNo(is bool) string {
 // printable replaces the characters in a text that a terminal would not show but obey. A user agent
 // is whatever the client has sent, and an adopted table may have any text for an email.
 func printable(text string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
+	return strings.Map(func(c rune) rune {
+		if unicode.IsPrint(c) {
+			return c
 		}
 		return unicode.ReplacementChar
 	}, text)

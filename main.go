@@ -129,6 +129,7 @@ func run(
 	getenv func(name string) string,
 	stdout, stderr io.Writer,
 ) error {
+	logging.Disable() // the log of go-redis; what fails is an error, which has its cause
 	env := newEnvironment(getenv)
 	if len(args) > 0 {
 		switch args[0] {
@@ -138,7 +139,7 @@ func run(
 			return runUsers(ctx, env, args[1:], stdout, stderr)
 		}
 	}
-	switch command := strings.Join(args, " "); command {
+	switch strings.Join(args, " ") {
 	case "", "serve":
 		return runServe(ctx, env, stdout)
 	case "migrate":
@@ -150,7 +151,7 @@ func run(
 	case "version":
 		return runVersion(stdout)
 	default:
-		return usageError(stderr, command)
+		return usageError(stderr, args...)
 	}
 }
 
@@ -158,10 +159,10 @@ const usage = `usage: latchkey [serve | migrate | migrate status | healthcheck |
        latchkey user EMAIL [show | disable | enable | revoke | delete | reset-link] [--json]
        latchkey users [PREFIX] [--json]`
 
-// usageError prints the subcommands, and returns an error about one that was not understood.
-func usageError(stderr io.Writer, command string) error {
+// usageError prints the subcommands, and returns an error about arguments that are none of them.
+func usageError(stderr io.Writer, args ...string) error {
 	fmt.Fprintln(stderr, usage)
-	return fmt.Errorf("unknown command %q", command)
+	return fmt.Errorf("not understood: latchkey %s", strings.Join(args, " "))
 }
 
 func runServe(ctx context.Context, env *environment, stdout io.Writer) error {
@@ -179,7 +180,7 @@ func runMigrations(
 	stdout io.Writer,
 	do func(context.Context, *pgx.ConnConfig, string) ([]migration, error),
 ) error {
-	database := env.database()
+	database := env.databaseURL()
 	if err := env.err(); err != nil {
 		return err
 	}
@@ -244,6 +245,10 @@ const (
 	// a whole transaction. The slowest that is of use is a commit on a busy disk.
 	postgresTimeout = 1500 * time.Millisecond
 
+	// operatorTimeout is postgresTimeout for the operator's subcommands. If many devices log in to
+	// one account, disabling it waits longer for the row than a request could.
+	operatorTimeout = 10 * time.Second
+
 	// postgresPingTimeout bounds the question whether a connection is alive, which the pool asks
 	// before it gives one away that was idle for a second. If the server is silent, there is still
 	// time to connect to another one.
@@ -270,8 +275,8 @@ const (
 
 	// redisMapInterval is how old the client's map of a cluster's slots gets before a request, for
 	// example one to /readyz, makes it load the map again. So a replica of the server that has had
-	// no users for a while learns of a new master, too. Sentinels are asked as often, also without
-	// requests.
+	// no users for a while learns of a new master, too. Sentinels are asked at the same interval,
+	// even without requests.
 	redisMapInterval = time.Second
 
 	// sentinelTimeout bounds asking all sentinels which Redis is the master. Requests wait for that
@@ -385,7 +390,7 @@ var doubleThreads = sync.OnceValue(func() int {
 
 // serve migrates, serves until ctx ends, and then shuts down.
 func serve(ctx context.Context, cfg config, stdout io.Writer) error {
-	log := newLogger(cfg, stdout)
+	log := newLogger(cfg.development, cfg.logLevel, stdout)
 	if cfg.randomSecrets {
 		log.Warn("JWT_SECRET or JWT_REFRESH_SECRET is not set: " +
 			"random ones are used, and sessions end with this process")
@@ -478,7 +483,6 @@ func migrateWhenReachable(ctx context.Context, database *pgx.ConnConfig, log *sl
 
 // newRedisClient returns a client for a single Redis, a cluster, or the master that sentinels name.
 func newRedisClient(options *redis.UniversalOptions) redis.UniversalClient {
-	logging.Disable() // what fails is in our own log, with its cause
 	switch {
 	case options.MasterName != "":
 		watchers := newSentinels(options, sentinelTimeout)
@@ -544,9 +548,9 @@ func listen(
 }
 
 // newLogger returns a logger that writes JSON, or text in development. Its times are in UTC.
-func newLogger(cfg config, w io.Writer) *slog.Logger {
+func newLogger(development bool, level slog.Level, w io.Writer) *slog.Logger {
 	options := &slog.HandlerOptions{
-		Level: cfg.logLevel,
+		Level: level,
 		ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
 			if a.Key == slog.TimeKey && len(groups) == 0 {
 				a.Value = slog.TimeValue(a.Value.Time().UTC())
@@ -554,7 +558,7 @@ func newLogger(cfg config, w io.Writer) *slog.Logger {
 			return a
 		},
 	}
-	if cfg.development {
+	if development {
 		return slog.New(slog.NewTextHandler(w, options))
 	}
 	return slog.New(slog.NewJSONHandler(w, options))
@@ -1009,7 +1013,7 @@ func (e *environment) config() config {
 	cfg := config{
 		development: e.development,
 		port:        e.port(),
-		database:    e.databasePool(),
+		database:    e.database(),
 		redis:       e.redis(),
 		origins:     e.origins(),
 		accessTTL:   e.lifetime("ACCESS_TOKEN_TTL", "15m"),
@@ -1046,9 +1050,9 @@ func (e *environment) port() int {
 	return e.integer("PORT", e.required("PORT", "3000"), 0, math.MaxUint16)
 }
 
-// databasePool reads DATABASE_URL and DB_POOL_SIZE.
-func (e *environment) databasePool() *pgxpool.Config {
-	cfg := e.database()
+// database reads DATABASE_URL and DB_POOL_SIZE.
+func (e *environment) database() *pgxpool.Config {
+	cfg := e.databaseURL()
 	size := e.integer("DB_POOL_SIZE", e.required("DB_POOL_SIZE", "10"), 1, math.MaxInt32)
 	if cfg != nil {
 		cfg.MaxConns = int32(size)
@@ -1056,8 +1060,8 @@ func (e *environment) databasePool() *pgxpool.Config {
 	return cfg
 }
 
-// database reads DATABASE_URL.
-func (e *environment) database() *pgxpool.Config {
+// databaseURL reads DATABASE_URL.
+func (e *environment) databaseURL() *pgxpool.Config {
 	value := e.required("DATABASE_URL", "postgres://localhost:5432/postgres")
 	if value == "" {
 		return nil
@@ -1228,7 +1232,8 @@ func parseSentinelURL(value string) (*redis.FailoverOptions, error) {
 	if err != nil {
 		return nil, err
 	}
-	username, password := query.Get("sentinel_username"), query.Get("sentinel_password")
+	username := query.Get("sentinel_username")
+	password := query.Get("sentinel_password")
 	query.Del("sentinel_username")
 	query.Del("sentinel_password")
 	u.RawQuery = query.Encode()
@@ -1236,8 +1241,10 @@ func parseSentinelURL(value string) (*redis.FailoverOptions, error) {
 	if err != nil {
 		return nil, err
 	}
-	options.Username, options.Password = options.SentinelUsername, options.SentinelPassword
-	options.SentinelUsername, options.SentinelPassword = username, password
+	options.Username = options.SentinelUsername
+	options.Password = options.SentinelPassword
+	options.SentinelUsername = username
+	options.SentinelPassword = password
 	if options.TLSConfig != nil {
 		options.TLSConfig.ServerName = "" // each server has to prove its own name
 	}

@@ -209,7 +209,7 @@ func newHandler(t testing.TB) http.Handler {
 	cfg := newEnvironment(lookup(testEnvironment(nil))).config()
 	db, dbErr := pgxpool.NewWithConfig(context.Background(), cfg.database)
 	rdb := newRedisClient(cfg.redis)
-	app, appErr := newApp(cfg, newLogger(cfg, io.Discard), db, rdb)
+	app, appErr := newApp(cfg, newLogger(cfg.development, cfg.logLevel, io.Discard), db, rdb)
 	if err := errors.Join(dbErr, appErr); err != nil {
 		t.Fatal(err)
 	}

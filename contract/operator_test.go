@@ -188,10 +188,12 @@ var operatorPromises = []promise{
 			c := s.signup()
 			for _, args := range [][]string{
 				{"user"}, {"user", c.email, "destroy"}, {"user", c.email, "delete", "now"},
-				{"users", "a", "b"},
+				{"users", "a", "b"}, {"users", "--jsno"},
 			} {
 				f := s.operate(args...)
-				s.expect(f.status == 1 && f.stdout == "" && strings.Contains(f.stderr, "usage"),
+				says := strings.Contains(f.stderr, "usage") &&
+					strings.Contains(f.stderr, "latchkey "+strings.Join(args, " "))
+				s.expect(f.status == 1 && f.stdout == "" && says,
 					"%q: exit status %d\n%s%s", args, f.status, f.stdout, f.stderr)
 			}
 			c.lives()

@@ -172,8 +172,8 @@ const usersPage = 1000
 func (s *store) listUsers(ctx context.Context, prefix, after string) ([]user, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.postgresTimeout)
 	defer cancel()
-	// The last character of Unicode, U+10FFFF, is in no email. So all that begin with a prefix come
-	// before the prefix with that character behind it.
+	// U+10FFFF is the last code point and will never be a character. So all emails that begin with
+	// a prefix come before the prefix with that code point behind it.
 	rows, err := s.db.Query(ctx, `
 		SELECT `+userColumns+`
 		FROM users
@@ -394,21 +394,33 @@ func (s *store) changeEmail(ctx context.Context, u user, email string) (user, er
 		RETURNING `+userColumns, u.ID, u.Email, u.PasswordHash, email)
 }
 
-// updateUser executes a statement that changes one user and returns the new row.
+// updateUser executes a statement that changes one user and returns the new row. It returns
+// errStale if the statement matches no row.
 func (s *store) updateUser(ctx context.Context, operation, sql string, args ...any) (user, error) {
 	var u user
 	err := s.inTx(ctx, operation, func(ctx context.Context, tx pgx.Tx) error {
 		var err error
-		u, err = scanUser(tx.QueryRow(ctx, sql, args...))
-		switch {
-		case errors.Is(err, pgx.ErrNoRows):
-			return errStale
-		case isEmailTaken(err):
-			return errEmailExists
-		}
-		return postgresError(operation, err)
+		u, err = updateRow(ctx, tx, operation, sql, args...)
+		return err
 	})
 	return u, err
+}
+
+// updateRow is updateUser in a transaction that does more.
+func updateRow(
+	ctx context.Context,
+	tx pgx.Tx,
+	operation, sql string,
+	args ...any,
+) (user, error) {
+	u, err := scanUser(tx.QueryRow(ctx, sql, args...))
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return user{}, errStale
+	case isEmailTaken(err):
+		return user{}, errEmailExists
+	}
+	return u, postgresError(operation, err)
 }
 
 // deleteUser deletes u and ends all sessions, including the caller's. It returns errStale if the
@@ -426,38 +438,31 @@ func (s *store) deleteUser(ctx context.Context, u user, caller string) error {
 }
 
 // disableUser keeps a user from logging in and ends all sessions. It returns the new row, or
-// errNoUser if the user is gone. The row lock orders it against logins, as in changePassword.
+// errStale if the user is gone. The row lock orders it against logins, as in changePassword.
 func (s *store) disableUser(ctx context.Context, userID string) (user, error) {
 	var u user
 	err := s.inUserTx(ctx, "disable user", userID, func(ctx context.Context, tx pgx.Tx) error {
 		var err error
-		u, err = scanUser(tx.QueryRow(ctx, `
+		u, err = updateRow(ctx, tx, "disable user", `
 			UPDATE users
 			SET disabled_at = coalesce(disabled_at, now())
 			WHERE id = $1::uuid
-			RETURNING `+userColumns, userID))
-		if errors.Is(err, pgx.ErrNoRows) {
-			return errNoUser
-		}
+			RETURNING `+userColumns, userID)
 		if err != nil {
-			return postgresError("disable user", err)
+			return err
 		}
 		return s.revokeAll(ctx, userID, noSession)
 	})
 	return u, err
 }
 
-// enableUser lets a user log in again. It returns the new row, or errNoUser if the user is gone.
+// enableUser lets a user log in again. It returns the new row, or errStale if the user is gone.
 func (s *store) enableUser(ctx context.Context, userID string) (user, error) {
-	u, err := s.updateUser(ctx, "enable user", `
+	return s.updateUser(ctx, "enable user", `
 		UPDATE users
 		SET disabled_at = NULL
 		WHERE id = $1::uuid
 		RETURNING `+userColumns, userID)
-	if errors.Is(err, errStale) {
-		return user{}, errNoUser
-	}
-	return u, err
 }
 
 // expectRow returns errStale if a statement matched no row, because the user was changed or
@@ -800,7 +805,10 @@ type sentinels struct {
 }
 
 func newSentinels(options *redis.UniversalOptions, timeout time.Duration) *sentinels {
-	s := &sentinels{name: options.MasterName, timeout: timeout}
+	s := &sentinels{
+		name:    options.MasterName,
+		timeout: timeout,
+	}
 	for _, addr := range options.Addrs {
 		sentinel := options.Simple()
 		sentinel.Addr = addr
@@ -822,7 +830,9 @@ func (s *sentinels) slots(ctx context.Context) ([]redis.ClusterSlot, error) {
 	errs := make([]error, len(s.clients))
 	var questions sync.WaitGroup
 	for i, sentinel := range s.clients {
-		questions.Go(func() { answers[i], errs[i] = s.ask(ctx, sentinel) })
+		questions.Go(func() {
+			answers[i], errs[i] = s.ask(ctx, sentinel)
+		})
 	}
 	questions.Wait()
 	var latest namedMaster
@@ -832,7 +842,7 @@ func (s *sentinels) slots(ctx context.Context) ([]redis.ClusterSlot, error) {
 		}
 	}
 	if latest.addr == "" {
-		// Not %w: what a sentinel reports is no fault of Redis.
+		// Not %w: an error of a sentinel must not be taken for one of Redis.
 		return nil, fmt.Errorf("none of %v names the master: %v", s.clients, errs)
 	}
 	nodes := []redis.ClusterNode{{Addr: latest.addr}}
@@ -849,8 +859,8 @@ func (s *sentinels) ask(
 	ctx context.Context,
 	sentinel *redis.SentinelClient,
 ) (namedMaster, error) {
-	// The epoch comes first. If a failover ends in between, the new master has the old epoch for
-	// once. The other way round, the old master would have the new one.
+	// The epoch comes first. If a failover ends in between, the new master goes with the old epoch,
+	// and the next answer is right. The other way round, the old master would go with the new one.
 	info, err := sentinel.Master(ctx, s.name).Result()
 	if err != nil {
 		return namedMaster{}, err
@@ -863,14 +873,17 @@ func (s *sentinels) ask(
 	if len(addr) != 2 {
 		return namedMaster{}, fmt.Errorf("the answer is no address: %q", addr)
 	}
-	epoch, _ := strconv.Atoi(info["config-epoch"]) // it is always a number
+	epoch, err := strconv.Atoi(info["config-epoch"])
+	if err != nil {
+		return namedMaster{}, fmt.Errorf("config-epoch: %v", err)
+	}
 	return namedMaster{addr: net.JoinHostPort(addr[0], addr[1]), epoch: epoch}, nil
 }
 
 // failoverClient is a client for the master that sentinels name. To go-redis it is a cluster of one
 // node, whose map is loaded in the background. So requests do not wait for sentinels, and if all of
-// them are away, the master is the one that they named last. The failover client of go-redis asks
-// a sentinel for each new connection instead, and fails without.
+// them are away, the master is the one that they named last. go-redis has a failover client, too.
+// But that asks a sentinel before each new connection, so there are none while sentinels are away.
 type failoverClient struct {
 	*redis.ClusterClient
 	sentinels *sentinels

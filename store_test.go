@@ -236,8 +236,8 @@ func TestEverythingAtOnce(t *testing.T) {
 	}
 }
 
-// TestDisableRace disables a user while devices log in and a tab refreshes. Whatever was answered, no
-// session is left, and there is no login until the user is enabled. Enabling revives no session.
+// TestDisableRace disables a user while devices log in and a tab refreshes. Whatever was answered,
+// no session is left, and there is no login until the user is enabled. Enabling revives no session.
 func TestDisableRace(t *testing.T) {
 	servers := replicas(t, nil)
 	s := newStore(t)

@@ -571,7 +571,7 @@ func (a *auth) openLink(
 }
 
 // useEmailLink verifies or changes the email of a link's user. It returns the user before and
-// after.
+// after. The email of a disabled user stays, so that an operator finds the account by it.
 func (a *auth) useEmailLink(r *http.Request, token string) (before, after user, err error) {
 	opened, u, err := a.openLink(r, token, linkVerify, linkChange)
 	if err != nil {
@@ -583,7 +583,7 @@ func (a *auth) useEmailLink(r *http.Request, token string) (before, after user, 
 	case opened.Purpose == linkVerify && u.Email == opened.Email:
 		after, err = a.store.verifyEmail(r.Context(), u)
 		return u, after, err
-	case opened.Purpose == linkChange && opened.State == stateOf(u):
+	case opened.Purpose == linkChange && opened.State == stateOf(u) && !u.Disabled:
 		after, err = a.store.changeEmail(r.Context(), u, opened.Email)
 		return u, after, err
 	default:

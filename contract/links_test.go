@@ -125,6 +125,16 @@ var linkPromises = []promise{
 		sendsAgain},
 	{"change: the address changes when the link at the new one is verified, not before", own,
 		moves},
+	{"change: the address of a disabled account stays until it is enabled", own, func(s *server) {
+		c := s.signup()
+		next := newEmail()
+		token := c.moveToken(next)
+		s.exec("UPDATE users SET disabled_at = now() WHERE id = $1", c.id)
+		s.send(verifyOf(token)).refused("invalid_link")
+		s.exec("UPDATE users SET disabled_at = NULL WHERE id = $1", c.id)
+		s.send(verifyOf(token)).ok()
+		s.tryLogin(next, c.password, newIP()).ok()
+	}},
 	{"change: a taken address is told at the click only, and then nothing changes", own,
 		movesToTaken},
 	{"change: an address that changes only its case is told nothing", own, func(s *server) {

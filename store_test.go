@@ -279,6 +279,22 @@ func TestDisableRace(t *testing.T) {
 	t.Logf("%d of %d logins came before", admitted, 6*rounds)
 }
 
+// TestListUsersInPages asks for more users than fit on a page.
+func TestListUsersInPages(t *testing.T) {
+	replicas(t, nil) // which make the table
+	s := newStore(t)
+	_, err := s.db.Exec(t.Context(), `INSERT INTO users (email, password_hash)
+		SELECT 'page-' || n || '@example.com', ''
+		FROM generate_series(0, $1::int) AS n`, usersPage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := s.listUsers(t.Context(), "page-", "")
+	if err != nil || len(page) != usersPage {
+		t.Errorf("a page has %d users, %v", len(page), err)
+	}
+}
+
 // TestCapRace lets a user who has the most sessions that there may be log in many times at once.
 // Afterwards there are as many, the new ones among them.
 func TestCapRace(t *testing.T) {

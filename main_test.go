@@ -737,6 +737,26 @@ func TestEachVariable(t *testing.T) {
 	}
 }
 
+// TestSentinelURL checks whose name and password is whose, and that TLS lets no server show the
+// certificate of another.
+func TestSentinelURL(t *testing.T) {
+	e := newEnvironment(lookup(map[string]string{
+		"REDIS_URL": "rediss://u:p%40@a:1/2?master_name=m&addr=b:2" +
+			"&sentinel_username=v&sentinel_password=q%26",
+	}))
+	o := e.redis()
+	got := fmt.Sprint([]any{
+		o.MasterName, o.Addrs, o.DB,
+		o.Username, o.Password, o.SentinelUsername, o.SentinelPassword,
+	})
+	if want := "[m [a:1 b:2] 2 u p@ v q&]"; got != want || e.err() != nil {
+		t.Errorf("the client gets %s, want %s (%v)", got, want, e.err())
+	}
+	if o.TLSConfig == nil || o.TLSConfig.ServerName != "" || o.TLSConfig.InsecureSkipVerify {
+		t.Errorf("TLS is %+v", o.TLSConfig)
+	}
+}
+
 // productionFaults returns what is wrong with a configuration for production with this variable.
 func productionFaults(name, value string) error {
 	env := testEnvironment(map[string]string{

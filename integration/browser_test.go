@@ -254,12 +254,19 @@ func (d *delivery) Reset() {}
 
 func (d *delivery) Logout() error { return nil }
 
-// chromium starts a browser with an empty profile, which accepts the certificate of files.
+// chromium starts a browser with an empty profile, which accepts the certificate of files, if any.
 func chromium(t *testing.T, files map[string][]byte) context.Context {
 	t.Helper()
-	browser, _ := chromedp.NewContext(context.Background(), chromedp.WithAllocatorOptions(
-		chromedp.DisableGPU, chromedp.Flag("disable-component-update", true),
-		chromedp.Flag("ignore-certificate-errors-spki-list", fingerprint(t, files["cert.pem"]))))
+	options := []chromedp.ExecAllocatorOption{
+		chromedp.DisableGPU,
+		chromedp.Flag("disable-component-update", true),
+	}
+	if files != nil {
+		accepted := fingerprint(t, files["cert.pem"])
+		options = append(options, chromedp.Flag("ignore-certificate-errors-spki-list", accepted))
+	}
+	browser, _ := chromedp.NewContext(context.Background(),
+		chromedp.WithAllocatorOptions(options...))
 	err := chromedp.Do(browser)
 	if errors.Is(err, exec.ErrNotFound) {
 		t.Skip("THE BROWSER TESTS DID NOT RUN: no Chromium (Debian: apt-get install chromium)")
@@ -279,9 +286,6 @@ func chromium(t *testing.T, files map[string][]byte) context.Context {
 func fingerprint(t *testing.T, certificate []byte) string {
 	t.Helper()
 	block, _ := pem.Decode(certificate)
-	if block == nil {
-		return ""
-	}
 	parsed, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
 		t.Fatal(err)

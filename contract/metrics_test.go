@@ -93,9 +93,13 @@ func counts(s *server) {
 		`latchkey_refresh_total{outcome="rotated"} 1`,
 		`latchkey_refresh_total{outcome="reused"} 1`,
 		`latchkey_refresh_total{outcome="theft"} 1`,
+		`latchkey_postgres_connections_max ` + s.env["DB_POOL_SIZE"],
+		`latchkey_redis_timeouts_total 0`,
 	} {
 		s.expect(strings.Contains(text, "\n"+sample+"\n"), "there is no %s in\n%s", sample, text)
 	}
+	// The first connection was not there yet.
+	s.expect(!strings.Contains(text, "\nlatchkey_postgres_waits_total 0\n"), "nobody has waited")
 	// Who asks for strange paths and methods must not fill the memory with their labels.
 	for _, ours := range []string{"somebody", "BREW", "4a1bb9d1", c.id, c.ip, emailMark} {
 		s.expect(!strings.Contains(text, ours), "a client's own text is a label: %s", ours)

@@ -4,23 +4,18 @@ import (
 	"context"
 	"io"
 	"testing"
-
-	"github.com/jackc/pgx/v5"
 )
 
 // TestCtrlC checks that a subcommand finishes what it has begun. It is interrupted while it waits
 // for the user's row.
 func TestCtrlC(t *testing.T) {
 	c := signedUp(start(t, nil))
-	conn, err := pgx.Connect(t.Context(), databaseURL(testDatabase))
+	db := newStore(t).db
+	tx, err := db.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(context.Background())
-	tx, err := conn.Begin(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	defer tx.Rollback(context.Background())
 	_, err = tx.Exec(t.Context(), `SELECT FROM users WHERE email = $1 FOR UPDATE`, c.email)
 	if err != nil {
 		t.Fatal(err)
@@ -34,11 +29,11 @@ func TestCtrlC(t *testing.T) {
 	}()
 	eventually(t, "the subcommand waits for the row", func() bool {
 		var waits bool
-		err := tx.QueryRow(t.Context(), `
+		err := db.QueryRow(t.Context(), `
 			SELECT EXISTS (
 				SELECT FROM pg_stat_activity
-				WHERE pg_backend_pid() = ANY (pg_blocking_pids(pid))
-			)`).Scan(&waits)
+				WHERE $1 = ANY (pg_blocking_pids(pid))
+			)`, int(tx.Conn().PgConn().PID())).Scan(&waits)
 		return err == nil && waits
 	})
 	interrupt()

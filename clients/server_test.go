@@ -45,11 +45,18 @@ func prepareAndRun(m *testing.M) int {
 	}
 	install := exec.Command("./install")
 	out, err := install.CombinedOutput()
-	switch {
-	case install.ProcessState != nil && install.ProcessState.ExitCode() == 77:
+	if install.ProcessState != nil && install.ProcessState.ExitCode() == 77 {
 		noNPM = strings.TrimSpace(string(out))
-	case err != nil:
+		return m.Run()
+	}
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "clients/install: %v\n%s", err, out)
+		return 1
+	}
+	generate := exec.Command("node_modules/.bin/openapi-typescript",
+		"../openapi.yaml", "--output", "typescript/latchkey.ts")
+	if out, err := generate.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "openapi-typescript: %v\n%s", err, out)
 		return 1
 	}
 	return m.Run()

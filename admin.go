@@ -286,6 +286,23 @@ func reportOf(u user) accountReport {
 	}
 }
 
+func detailedReportOf(u user, sessions []session) detailedReport {
+	detailed := detailedReport{
+		accountReport: reportOf(u),
+		Sessions:      []sessionReport{},
+	}
+	for _, s := range sessions {
+		detailed.Sessions = append(detailed.Sessions, sessionReport{
+			ID:         s.ID,
+			CreatedAt:  timestamp(s.CreatedAt),
+			LastUsedAt: timestamp(s.LastUsedAt),
+			IP:         s.Device.IP,
+			UserAgent:  s.Device.UserAgent,
+		})
+	}
+	return detailed
+}
+
 // The columns of the tables. The last one may be of any width.
 const (
 	accountColumns = "%-36s  %-20s  %-8s  %-8s  %s\n"
@@ -337,20 +354,7 @@ func (p printer) accountRow(u user) {
 // accountWithSessions prints an account and its sessions.
 func (p printer) accountWithSessions(u user, sessions []session) error {
 	if p.asJSON {
-		detailed := detailedReport{
-			accountReport: reportOf(u),
-			Sessions:      []sessionReport{},
-		}
-		for _, s := range sessions {
-			detailed.Sessions = append(detailed.Sessions, sessionReport{
-				ID:         s.ID,
-				CreatedAt:  timestamp(s.CreatedAt),
-				LastUsedAt: timestamp(s.LastUsedAt),
-				IP:         s.Device.IP,
-				UserAgent:  s.Device.UserAgent,
-			})
-		}
-		p.json(detailed)
+		p.json(detailedReportOf(u, sessions))
 		return p.w.Flush()
 	}
 	p.accountHeader()
